@@ -17,6 +17,7 @@ Outcome = Literal["finished", "failed", "cancelled"]
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
 MAX_TOP_LOGPROBS = 20
 
 
@@ -71,8 +72,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             self._check_range("logprobs", 0, MAX_TOP_LOGPROBS)
         if self.seed is not None:
             self._check_range("seed", -(2**63), 2**63 - 1)
-        if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
-            raise InvalidRequest(f"stop takes up to {MAX_STOP_STRINGS} strings, none empty", param="stop")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise InvalidRequest(
+                f"stop takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
+            )
         for token, bias in self.logit_bias.items():
             if token < 0 or not -100.0 <= bias <= 100.0:
                 raise InvalidRequest(f"logit_bias of token {token} is outside [-100, 100]", param="logit_bias")

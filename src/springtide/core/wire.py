@@ -31,7 +31,7 @@ def unpack(data: bytes, type: type[T]) -> T:
 
 
 def escape_json(text: str) -> bytes:
-    """`text` as the inside of a JSON string, UTF-8. Lone surrogates become U+FFFD: JSON can't carry them."""
+    """`text` as the inside of a JSON string, UTF-8. Lone surrogates become question marks: JSON can't carry them."""
     try:
         return msgspec.json.encode(text)[1:-1]
     except UnicodeEncodeError:

@@ -1,0 +1,1 @@
+"""The command line: assembles the rooms and is thin. Decides nothing that a room could decide."""

@@ -1,0 +1,272 @@
+"""What the platform adds to an engine: a mock whose step times are known, real fabric, gateway and HTTP.
+
+The load comes from another process over raw sockets, so that the client costs little; on a small machine it
+still shares the cores with all that it measures. So beside the rates stand the CPU seconds that the gateway
+process itself used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from springtide.core.figures import Figure, cpu_name, figure, versions, write_json
+
+TOKENS = 16  # with the finish chunk: 17 SSE chunks of one token each, as in the marks that others publish
+STEP_MS = 2.0
+STREAMS = (1, 32, 200)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive HTTP/1.1 connection that sends the same request over and over."""
+
+    def __init__(self, request: bytes, until: float, result: _Result) -> None:
+        self._request, self._until, self._result = request, until, result
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._body = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._send()
+
+    def _send(self) -> None:
+        self._body, self._first, self._chunks = b"", 0.0, 0
+        self._sent = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._first and b'"content":"' in data and b'"content":""' not in data:
+            self._first = time.perf_counter()
+        self._chunks += data.count(b"data: {")
+        self._body = (self._body + data)[-64:]
+        if self._body.endswith(b"0\r\n\r\n"):
+            self._finish(b"[DONE]" in self._body)
+
+    def _finish(self, ok: bool) -> None:
+        now = time.perf_counter()
+        if ok:
+            self._result.add(self._first - self._sent, now - self._sent, self._chunks)
+        else:
+            self._result.failed += 1
+        if now < self._until and ok:
+            self._send()
+        else:
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+class _Result:
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.whole: list[float] = []
+        self.chunks = 0
+        self.failed = 0
+
+    def add(self, first: float, whole: float, chunks: int) -> None:
+        self.first.append(first)
+        self.whole.append(whole)
+        self.chunks += chunks
+
+
+def _load(port: int, request: bytes, streams: int, seconds: float, out: Any) -> None:
+    """The client process: `streams` connections, each one request after the other."""
+    import uvloop
+
+    async def main() -> _Result:
+        result, until = _Result(), time.perf_counter() + seconds
+        loop = asyncio.get_running_loop()
+        made = [
+            await loop.create_connection(lambda: _Connection(request, until, result), "127.0.0.1", port)
+            for _ in range(streams)
+        ]
+        await asyncio.wait_for(asyncio.gather(*(protocol.closed for _, protocol in made)), seconds + 30)
+        return result
+
+    started = time.perf_counter()
+    result = uvloop.run(main())
+    out.send((time.perf_counter() - started, result))
+
+
+def _request(key: str, model: str) -> bytes:
+    body = json.dumps(
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": TOKENS,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    ).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    return (head + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+@contextmanager
+def _platform(step_ms: float, max_num_seqs: int) -> Iterator[tuple[int, str, int]]:
+    """A whole platform with a mock engine: (port, key, pid of the gateway)."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="springtide-bench-") as directory:
+        base = [sys.executable, "-m", "springtide.cli.main"]
+        options = [f"step_base_ms={step_ms}", "step_per_seq_ms=0", "prefill_tok_s=0", f"max_num_seqs={max_num_seqs}"]
+        command = [*base, "up", "--detach", "--engine", "mock", "--model", "mock", "--port", str(port)]
+        command += [*(part for option in options for part in ("-o", option)), "--data-dir", directory]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        try:
+            yield port, (Path(directory) / "api_key").read_text().strip(), _gateway_pid(directory)
+        finally:
+            subprocess.run([*base, "down", "--data-dir", directory], check=True, stdout=subprocess.DEVNULL)
+
+
+def _gateway_pid(directory: str) -> int:
+    """The gateway of the platform in `directory`, found by its command line."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"gateway" in line and directory.encode() in line:
+                return int(entry.name)
+    raise RuntimeError("the gateway process is not there")
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _measure(port: int, key: str, pid: int, streams: int, seconds: float) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    client = context.Process(target=_load, args=(port, _request(key, "mock"), streams, seconds, send))
+    before = _cpu_seconds(pid)
+    client.start()
+    if not receive.poll(seconds + 60):
+        client.kill()
+        raise RuntimeError("the load client did not end")
+    wall, result = receive.recv()
+    client.join()
+    cpu = _cpu_seconds(pid) - before
+    requests = len(result.first)
+    return {
+        "streams": streams,
+        "requests": requests,
+        "failed": result.failed,
+        "requests_s": requests / wall,
+        "chunks_s": result.chunks / wall,
+        "tokens_per_chunk": requests * TOKENS / max(1, result.chunks),
+        "ttft_ms": [x * 1000 for x in result.first],
+        "whole_ms": [x * 1000 for x in result.whole],
+        "gateway_cpu_ms_per_request": cpu * 1000 / max(1, requests),
+        "requests_per_gateway_cpu_s": requests / max(cpu, 1e-9),
+        "chunks_per_gateway_cpu_s": result.chunks / max(cpu, 1e-9),
+    }
+
+
+def _percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def run(seconds: float, runs: int, json_file: Path | None) -> None:
+    """Measure, print the table, write the JSON."""
+    rows: list[dict[str, Any]] = []
+    with _platform(STEP_MS, max_num_seqs=512) as (port, key, pid):
+        _measure(port, key, pid, 8, 2.0)  # warm-up
+        for streams in STREAMS:
+            rows.append(_row(_median_run([_measure(port, key, pid, streams, seconds) for _ in range(runs)]), STEP_MS))
+    with _platform(0.0, max_num_seqs=512) as (port, key, pid):
+        _measure(port, key, pid, 8, 2.0)
+        best = _row(_median_run([_measure(port, key, pid, 64, seconds) for _ in range(runs)]), 0.0)
+    rows.append({**best, "saturated": True})
+    figures = _figures(rows)
+    _print(rows, figures)
+    result = {
+        "bench": "api",
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": versions("granian", "nats-py", "msgspec", "uvloop"),
+        "tokens_per_request": TOKENS,
+        "step_ms": STEP_MS,
+        "runs": runs,
+        "seconds": seconds,
+        "rows": rows,
+    }
+    write_json(json_file, result, figures)
+
+
+def _median_run(measured: list[dict[str, Any]]) -> dict[str, Any]:
+    return sorted(measured, key=lambda m: m["requests_s"])[len(measured) // 2]
+
+
+def _row(measured: dict[str, Any], step_ms: float) -> dict[str, Any]:
+    """Percentiles in place of samples. Added latency = time to first token less the one step it takes."""
+    first, whole = measured.pop("ttft_ms"), measured.pop("whole_ms")
+    added = [x - step_ms for x in first]
+    return {
+        **{key: round(value, 3) if isinstance(value, float) else value for key, value in measured.items()},
+        "added_ttft_ms_p50": round(statistics.median(added), 3),
+        "added_ttft_ms_p99": round(_percentile(added, 0.99), 3),
+        "whole_ms_p50": round(statistics.median(whole), 3),
+        "added_per_token_ms_p50": round((statistics.median(whole) - TOKENS * step_ms) / TOKENS, 3),
+        "step_ms": step_ms,
+    }
+
+
+def _figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    full = rows[-1]
+    return [
+        figure("added latency p50 at 1 stream", rows[0]["added_ttft_ms_p50"], "ms", 2.0, better="lower"),
+        figure("requests/s of 17 chunks, one gateway process, all on this machine", full["requests_s"], "1/s", 4000),
+        figure("SSE chunks/s, one gateway process, all on this machine", full["chunks_s"], "1/s", 100_000),
+        figure("requests per CPU second of the gateway", full["requests_per_gateway_cpu_s"], "1/s", 4000),
+        figure("SSE chunks per CPU second of the gateway", full["chunks_per_gateway_cpu_s"], "1/s", 100_000),
+    ]
+
+
+def _print(rows: list[dict[str, Any]], figures: list[Figure]) -> None:
+    table = Table(title=f"API over a mock engine, {cpu_name()}, {os.cpu_count()} cores shared with the client")
+    columns = {
+        "streams": "streams",
+        "step_ms": "step ms",
+        "requests_s": "requests/s",
+        "chunks_s": "chunks/s",
+        "tokens_per_chunk": "tokens/chunk",
+        "added_ttft_ms_p50": "added ms p50",
+        "added_ttft_ms_p99": "p99",
+        "added_per_token_ms_p50": "added ms/token",
+        "gateway_cpu_ms_per_request": "gateway CPU ms/request",
+        "failed": "failed",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(*(f"{row[key]:,.2f}" if isinstance(row[key], float) else str(row[key]) for key in columns))
+    console = Console()
+    console.print(table)
+    for entry in figures:
+        console.print(
+            f"{'holds' if entry.holds else 'FALLS SHORT'}: {entry.name}: {entry.value} {entry.unit} ({entry.goal})"
+        )

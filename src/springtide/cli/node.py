@@ -1,0 +1,96 @@
+"""The fleet's machines: tokens, joining, listing, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from springtide.cli.client import AdminClient
+from springtide.cli.daily import _print_json, _table
+from springtide.cli.options import AsJson, DataDir, settings
+from springtide.core.errors import SetupError
+
+app = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
+
+
+@app.command()
+def token(
+    ttl: Annotated[float, typer.Option(help="Seconds until it expires.")] = 3600.0,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token with which one machine can join, once."""
+    answer = AdminClient.of(settings(data_dir=data_dir).data_path).call("POST", "/node-tokens", {"ttl_s": ttl})
+    if as_json:
+        return _print_json(answer)
+    print(answer["token"])
+    if os.isatty(1):
+        print(f"\non the other machine:  springtide node join {answer['url']} --token TOKEN")
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="Where the fabric listens, tls://HOST:PORT.")],
+    token: Annotated[str, typer.Option(help="The token; @FILE reads it from a file.", envvar="SPRINGTIDE_JOIN_TOKEN")],
+    name: Annotated[str | None, typer.Option(help="The machine's name in the fleet; its host name by default.")] = None,
+    region: Annotated[str | None, typer.Option(help="Its region.")] = None,
+    site: Annotated[str | None, typer.Option(help="Its site: nodes that reach each other directly.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Join a fleet by dialling out, and serve until Ctrl-C (which drains). A machine that joined before rejoins."""
+    from springtide.fabric.join import join as exchange
+
+    chosen = settings(data_dir=data_dir, region=region, site=site)
+    node = re.sub(r"[^a-z0-9-]+", "-", (name or platform.node() or "node").lower()).strip("-") or "node"
+    directory = chosen.data_path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"the data dir {directory} can't be made: {error.strerror}", hint="pass --data-dir") from None
+    credentials = asyncio.run(exchange(_token(token), node, [url]))
+    path = directory / f"node-{node}.creds"
+    credentials.save(path)
+    print(f"joined as {node}; serving until Ctrl-C", flush=True)
+    from springtide.cli.processes import run_until_signal
+    from springtide.fleet.agent import run_agent
+
+    run_until_signal("agent", chosen, lambda stop: run_agent(path, node, chosen, directory, stop))
+
+
+def _token(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text().strip()
+    except OSError as error:
+        raise SetupError(f"the token file can't be read: {error}") from None
+
+
+@app.command("list")
+def list_nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """The machines that are alive."""
+    nodes: list[dict[str, Any]] = AdminClient.of(settings(data_dir=data_dir).data_path).call("GET", "/nodes")
+    if as_json:
+        return _print_json(nodes)
+    _table(
+        "Nodes",
+        ["id", "region", "site", "state", "devices"],
+        [[n["id"], n["region"], n["site"], n["state"], ", ".join(d["name"] for d in n["devices"])] for n in nodes],
+    )
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="The node's id.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it serve again.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Let a machine finish what it runs and take nothing new."""
+    AdminClient.of(settings(data_dir=data_dir).data_path).call("POST", f"/nodes/{node}/drain", {"drain": not undo})
+    print(f"{node}: {'serving again' if undo else 'draining'}")

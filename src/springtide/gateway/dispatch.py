@@ -1,0 +1,360 @@
+"""Who runs a request, and what becomes of it there: the queue, the attempts, the loss of replicas.
+
+Knows replicas and frames; nothing of HTTP or of OpenAI. A request waits here, in the order of arrival for
+each model, until the router finds it a replica. While nothing of an answer has been handed out, a lost
+attempt is repeated, elsewhere if there is an elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from springtide.core.cluster import Replica
+from springtide.core.errors import ReplicaLost
+from springtide.core.request import Attempt, ChoiceOutput, End, Outcome, Request, TokenCounts
+from springtide.core.wire import unescape_json
+from springtide.fabric.presence import PresenceView
+from springtide.fabric.streams import ClientStream, Frame, StreamHub, StreamLost
+from springtide.policy.routing import Candidate, NoRoute, RequestFacts, Route, route
+
+log = logging.getLogger(__name__)
+
+MAX_LOST = 3  # replicas that may die with a request before we believe that it kills them
+RETURN_GRACE_S = 1.5  # a node that lost its connection may be back, and replay, before its streams are given up
+_FIRST_BACKOFF_S = 0.05
+_LONGEST_BACKOFF_S = 2.0
+
+
+class ReplicaKey(NamedTuple):
+    node: str
+    replica: str
+
+
+class Transcript:
+    """What has been handed out, per choice: escaped text and token ids, enough for another replica to go on."""
+
+    def __init__(self, choices: int) -> None:
+        self._texts: list[list[bytes]] = [[] for _ in range(choices)]
+        self._token_ids: list[list[int]] = [[] for _ in range(choices)]
+
+    def add(self, frames: list[Frame]) -> None:
+        texts, token_ids = self._texts, self._token_ids
+        for frame in frames:
+            for delta in frame.deltas:
+                texts[delta.choice].append(delta.text)
+                token_ids[delta.choice] += delta.token_ids
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self._token_ids))
+
+    def outputs(self) -> tuple[ChoiceOutput, ...]:
+        """The choices that have begun, as a resuming request carries them."""
+        return tuple(
+            ChoiceOutput(choice, token_ids, unescape_json(b"".join(texts)))
+            for choice, (token_ids, texts) in enumerate(zip(self._token_ids, self._texts, strict=True))
+            if token_ids or texts
+        )
+
+
+class _Waiter(NamedTuple):
+    facts: RequestFacts
+    placed: asyncio.Future[Replica]
+
+
+class Dispatcher:
+    """The queues of one gateway, and what it has in flight where.
+
+    `silence_counts` says whether a replica that is not heard of may be taken for dead: not while this process
+    is itself cut off from the fabric, nor just after.
+    """
+
+    def __init__(
+        self,
+        hub: StreamHub,
+        presence: PresenceView,
+        *,
+        region: str,
+        silence_counts: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.hub = hub
+        self.attempts_lost = 0
+        self._presence = presence
+        self._region = region
+        self._clock = clock
+        self._draw = draw
+        self._by_model: dict[str, list[Replica]] | None = None
+        self._queues: defaultdict[str, deque[_Waiter]] = defaultdict(deque)
+        self._in_flight: defaultdict[ReplicaKey, int] = defaultdict(int)
+        self._failed_at: dict[ReplicaKey, float] = {}
+        self._silence_counts = silence_counts
+        self._running: defaultdict[ReplicaKey, set[Dispatch]] = defaultdict(set)
+        self._seen_started: dict[ReplicaKey, float] = {}  # the living replicas, as last looked at
+        presence.on_change(self._presence_changed)
+
+    def dispatch(self, request: Request) -> Dispatch:
+        return Dispatch(self, request)
+
+    def replicas(self, model: str) -> list[Replica]:
+        """The living replicas of a model."""
+        return self._models().get(model, [])
+
+    def models(self) -> set[str]:
+        return set(self._models())
+
+    def waiting(self) -> dict[str, int]:
+        """How many requests wait for a replica, per model."""
+        return {model: len(queue) for model, queue in self._queues.items()}
+
+    def why_waiting(self, request: Request) -> str:
+        """Why a request has no replica yet, in words."""
+        answer = self._route(request.model, self._facts(request))
+        return answer.reason if isinstance(answer, NoRoute) else "others wait before it"
+
+    # ------------------------------------------------------------------------------------------------------
+    # The queue.
+
+    async def place(self, request: Request, *, first_in_line: bool) -> Replica:
+        """Wait for a replica and take the room; `leave` gives it back."""
+        facts = self._facts(request)
+        queue = self._queues[request.model]
+        if not queue:
+            answer = self._route(request.model, facts)
+            if isinstance(answer, Route):
+                return self._take(answer, request.model, facts)
+        waiter = _Waiter(facts, asyncio.get_running_loop().create_future())
+        if first_in_line:
+            queue.appendleft(waiter)
+        else:
+            queue.append(waiter)
+        try:
+            return await waiter.placed
+        except asyncio.CancelledError:
+            if waiter in queue:
+                queue.remove(waiter)
+            elif waiter.placed.done() and not waiter.placed.cancelled():
+                self.leave(waiter.placed.result(), request)
+            self._pump(request.model)  # it may have stood in the way of smaller ones
+            raise
+
+    def leave(self, replica: Replica, request: Request) -> None:
+        """The request has left this replica: there is room for the next."""
+        key = ReplicaKey(replica.node, replica.id)
+        self._in_flight[key] -= request.num_choices
+        if self._in_flight[key] <= 0:
+            del self._in_flight[key]
+        self._pump(request.model)
+
+    def _pump(self, model: str) -> None:
+        queue = self._queues.get(model)
+        while queue:
+            waiter = queue[0]
+            answer = self._route(model, waiter.facts)
+            if isinstance(answer, NoRoute):
+                return
+            queue.popleft()
+            if not waiter.placed.cancelled():
+                waiter.placed.set_result(self._take(answer, model, waiter.facts))
+        self._queues.pop(model, None)
+
+    def _take(self, chosen: Route, model: str, facts: RequestFacts) -> Replica:
+        key = ReplicaKey(chosen.node, chosen.replica)
+        self._in_flight[key] += facts.sequences
+        log.debug("routed to %s on %s: %s", chosen.replica, chosen.node, chosen.reason)
+        return next(r for r in self.replicas(model) if (r.node, r.id) == key)
+
+    def _route(self, model: str, facts: RequestFacts) -> Route | NoRoute:
+        candidates = []
+        for replica in self.replicas(model):
+            key = ReplicaKey(replica.node, replica.id)
+            candidates.append(Candidate(replica, self._in_flight.get(key, 0), self._failed_at.get(key)))
+        return route(facts, candidates, self._clock())
+
+    def _facts(self, request: Request) -> RequestFacts:
+        return RequestFacts(sequences=request.num_choices, region=self._region, draw=self._draw())
+
+    # ------------------------------------------------------------------------------------------------------
+    # Replicas come and go.
+
+    def failed(self, replica: Replica) -> None:
+        """Remember that this replica lost or refused a request."""
+        self._failed_at[ReplicaKey(replica.node, replica.id)] = self._clock()
+
+    def follow(self, replica: Replica, dispatch: Dispatch) -> None:
+        """Tell this dispatch when its replica goes away."""
+        self._running[ReplicaKey(replica.node, replica.id)].add(dispatch)
+
+    def unfollow(self, replica: Replica, dispatch: Dispatch) -> None:
+        key = ReplicaKey(replica.node, replica.id)
+        running = self._running.get(key)
+        if running is not None:
+            running.discard(dispatch)
+            if not running:
+                del self._running[key]
+
+    def _presence_changed(self) -> None:
+        self._by_model = None
+        before = self._seen_started
+        now = {ReplicaKey(r.node, r.id): r.started for replicas in self._models().values() for r in replicas}
+        self._seen_started = now
+        for key in [key for key in self._failed_at if key not in now]:
+            del self._failed_at[key]
+        for key, started in before.items():
+            if key not in self._running:
+                continue
+            if key not in now:
+                self._replica_gone(key)
+            elif now[key] != started:
+                self._lose(key, "the replica was started anew")
+        for model in list(self._queues):
+            self._pump(model)
+
+    def _replica_gone(self, key: ReplicaKey) -> None:
+        """Requests that can still be repeated don't wait; the others give it a moment to come back."""
+        if self._silence_counts():
+            self._lose(key, "the replica is gone", which=lambda dispatch: not dispatch.delivered)
+            asyncio.get_running_loop().call_later(RETURN_GRACE_S, self._lose_if_still_gone, key)
+
+    def _lose_if_still_gone(self, key: ReplicaKey) -> None:
+        if key not in self._seen_started and self._silence_counts():
+            self._lose(key, "the replica is gone")
+
+    def _lose(self, key: ReplicaKey, reason: str, which: Callable[[Dispatch], bool] = lambda _: True) -> None:
+        for dispatch in list(self._running.get(key, ())):
+            if which(dispatch):
+                dispatch.lose(reason)
+
+    def _models(self) -> dict[str, list[Replica]]:
+        if self._by_model is None:
+            by_model: defaultdict[str, list[Replica]] = defaultdict(list)
+            for replica in self._presence.replicas():
+                by_model[replica.model].append(replica)
+            self._by_model = dict(by_model)
+        return self._by_model
+
+
+class Dispatch:
+    """One request on its way: attempts, one after another, until one of them ends.
+
+    `replica` is where the current or last attempt runs. `attempts` holds the attempts that are over.
+    `delivered` is whether something of an answer has been handed out.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
+        self.request = request
+        self.replica: Replica | None = None
+        self.attempts: list[Attempt] = []
+        self.transcript = Transcript(request.num_choices)
+        self._dispatcher = dispatcher
+        self._stream: ClientStream | None = None
+        self._started = 0.0
+        self._accepted = False
+        self.delivered = False
+        self._lost = 0
+
+    async def frames(self) -> list[Frame]:
+        """The next frames that say something: deltas, or the end.
+
+        Raises:
+            ReplicaLost: the replica went away after something had been handed out, or several went away with
+                this request.
+        """
+        while True:
+            stream = self._stream or await self._open()
+            try:
+                frames = await stream.frames()
+            except StreamLost as lost:
+                await self._recover(lost.reason)
+                continue
+            self._accepted = True
+            end = frames[-1].end
+            if end is not None and not self.delivered and _should_go_elsewhere(end):
+                self._close("failed", end.counts)
+                await self._back_off()
+                continue
+            self.transcript.add(frames)
+            if end is not None:
+                if end.outcome == "cancelled":  # not by us: its host stopped it
+                    await self._recover("the replica stopped it")
+                    continue
+                self._close(end.outcome, end.counts)
+                return frames
+            if any(frame.deltas for frame in frames):
+                self.delivered = True
+                return frames
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. Ends the attempt that is under way, if one is."""
+        if self._stream is not None:
+            self._close("cancelled", TokenCounts(completion=self.transcript.tokens))
+
+    def lose(self, reason: str) -> None:
+        """The replica of the current attempt is known to be gone."""
+        if self._stream is not None:
+            self._stream.lose(reason)
+
+    async def _open(self) -> ClientStream:
+        dispatcher, request = self._dispatcher, self.request
+        replica = await dispatcher.place(request, first_in_line=bool(self.attempts))
+        self.replica, self._started, self._accepted = replica, time.time(), False
+        try:
+            stream = await dispatcher.hub.open(request, len(self.attempts) + 1, replica.node, replica.id)
+        except BaseException:
+            dispatcher.leave(replica, request)
+            raise
+        dispatcher.follow(replica, self)
+        self._stream = stream
+        return stream
+
+    async def _recover(self, reason: str) -> None:
+        """The attempt is lost: prepare another one, or give up."""
+        assert self.replica is not None
+        log.warning("request %s: attempt %d lost: %s", self.request.id, len(self.attempts) + 1, reason)
+        self._dispatcher.attempts_lost += 1
+        self._lost += self._accepted
+        self._close("failed", TokenCounts(completion=self.transcript.tokens))
+        if self.delivered:
+            raise ReplicaLost(f"the replica was lost in the middle of the answer: {reason}", hint="send it again")
+        if self._lost >= MAX_LOST:
+            raise ReplicaLost(f"{self._lost} replicas were lost while they ran this request")
+        await self._back_off()
+
+    async def _back_off(self) -> None:
+        longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(len(self.attempts), 10))
+        await asyncio.sleep(random.uniform(longest / 2, longest))
+
+    def _close(self, outcome: Outcome, counts: TokenCounts) -> None:
+        """The attempt is over: note what it did, give its room back."""
+        assert self.replica is not None and self._stream is not None
+        stream, self._stream = self._stream, None
+        self.attempts.append(
+            Attempt(
+                number=len(self.attempts) + 1,
+                node=self.replica.node,
+                replica=self.replica.id,
+                started=self._started,
+                ended=time.time(),
+                outcome=outcome,
+                prompt_tokens=counts.prompt,
+                completion_tokens=counts.completion,
+                cached_tokens=counts.cached,
+            )
+        )
+        stream.cancel()
+        if outcome == "failed":
+            self._dispatcher.failed(self.replica)
+        self._dispatcher.unfollow(self.replica, self)
+        self._dispatcher.leave(self.replica, self.request)
+
+
+def _should_go_elsewhere(end: End) -> bool:
+    """A refusal that is about the replica, not about the request: it is full, or leaving."""
+    return end.error is not None and end.error.status == 503

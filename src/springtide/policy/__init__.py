@@ -1,0 +1,1 @@
+"""Every decision, as pure functions and small state machines: no I/O, no clock, no chance, no tensors."""

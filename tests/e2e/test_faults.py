@@ -1,0 +1,203 @@
+"""What dies comes back, and streams and records survive what they can. Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import SPRINGTIDE, Platform, events, mock_flags, processes_of, wait_until
+
+pytestmark = pytest.mark.e2e
+Start = Callable[..., Platform]
+
+
+def body(tokens: int, *, stream: bool = True, seed: int = 7) -> dict[str, object]:
+    return {
+        "model": "mock", "prompt": "tell me", "max_tokens": tokens, "ignore_eos": True, "seed": seed, "stream": stream
+    }  # fmt: skip
+
+
+def text_of(client: httpx.Client, tokens: int, during: Callable[[int], None] | None = None) -> str:
+    """The text of one stream; `during(n)` is called after the n-th chunk."""
+    text = ""
+    with client.stream("POST", "/v1/completions", json=body(tokens)) as response:
+        assert response.status_code == 200, response.read()
+        for number, event in enumerate(events(response)):
+            if event == "[DONE]":
+                return text
+            assert isinstance(event, dict) and "error" not in event, event
+            text += "".join(choice["text"] for choice in event["choices"])
+            if during is not None:
+                during(number)
+    raise AssertionError(f"the stream ended without [DONE] after {text[-80:]!r}")
+
+
+def test_a_killed_replica_is_back_by_itself(platform: Start) -> None:
+    one = platform(*mock_flags()).ready()
+    (pid,) = one.pids(" replica ") or one.pids("replica_main")
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: (one.pids(" replica ") or one.pids("replica_main")) not in ([], [pid]), "a new process", 30)
+    with one.client() as client:  # waits in the gateway until the replica is ready
+        assert client.post("/v1/completions", json=body(5, stream=False)).status_code == 200
+
+
+def test_a_killed_gateway_and_a_killed_agent_are_back_too(platform: Start) -> None:
+    one = platform(*mock_flags()).ready()
+    for word in (" gateway ", " agent "):
+        (pid,) = one.pids(word)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda word=word, pid=pid: one.pids(word) not in ([], [pid]), f"a new{word}process", 30)
+
+    def served() -> bool:
+        try:
+            with one.client() as client:
+                return client.post("/v1/completions", json=body(5, stream=False)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(served, "requests are served again", 60)
+
+
+def test_a_stream_goes_on_through_a_restart_of_nats(platform: Start) -> None:
+    one = platform(*mock_flags(step_ms=20)).ready()
+
+    def kill(number: int) -> None:
+        if number == 30:
+            (pid,) = one.pids("nats-server")
+            os.kill(pid, signal.SIGKILL)
+
+    with one.client() as client:
+        expected = text_of(client, 300)
+        assert text_of(client, 300, kill) == expected
+    assert "fabric ended; starting it again" in one.said()
+
+
+def test_a_stream_whose_replica_dies_ends_with_a_clear_error(platform: Start) -> None:
+    one = platform(*mock_flags(step_ms=20)).ready()
+    with one.client() as client, client.stream("POST", "/v1/completions", json=body(2000)) as response:
+        seen = events(response)
+        for _ in range(10):
+            next(seen)
+        for pid in one.pids(" replica ") or one.pids("replica_main"):
+            os.kill(pid, signal.SIGKILL)
+        rest = list(seen)
+    assert "[DONE]" not in rest
+    assert isinstance(rest[-1], dict) and rest[-1]["error"]["code"] == "replica_lost"
+
+
+def test_a_request_that_had_sent_nothing_is_retried_elsewhere(platform: Start) -> None:
+    # A prefill of 2 s gives the time to kill the replica that has the request before its first token.
+    one = platform(*mock_flags(replicas=2, prefill_tok_s=10)).ready()
+    wait_until(lambda: sum(r["state"] == "ready" for r in one.status()["replicas"]) == 2, "two replicas")
+    long = {**body(5), "prompt": "a b c d e f g h i j k l m n o"}
+    with one.client() as client:
+
+        def attempt() -> str:
+            with client.stream("POST", "/v1/completions", json=long) as response:
+                assert response.status_code == 200, response.read()
+                return "".join(c["text"] for e in events(response) if e != "[DONE]" for c in e["choices"])
+
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(attempt)
+            busy = wait_until(
+                lambda: [r["id"] for r in one.status()["replicas"] if r["load"]["running"]], "a busy one", 10
+            )
+            spec_pids = [pid for pid in (one.pids(" replica ") or one.pids("replica_main")) if runs(pid, busy[0])]
+            os.kill(spec_pids[0], signal.SIGKILL)
+            assert future.result(60)
+    usage = wait_until(
+        lambda: json.loads(one.run("usage", "--json", "--by", "request"))["rows"], "the usage record", 10
+    )
+    assert len(usage) == 1
+
+
+def runs(pid: int, replica: str) -> bool:
+    """Whether the process's --spec names the replica."""
+    import base64
+
+    line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    spec = line[line.index(b"--spec") + 1]
+    return json.loads(base64.urlsafe_b64decode(spec + b"=" * (-len(spec) % 4)))["id"] == replica
+
+
+def test_each_request_is_recorded_once_though_gateway_and_nats_are_killed(platform: Start) -> None:
+    one = platform(*mock_flags(step_ms=1)).ready()
+    done = 0
+    for round_ in range(3):
+        with one.client() as client:
+            for _ in range(10):
+                assert client.post("/v1/completions", json=body(3, stream=False)).status_code == 200
+                done += 1
+        victim = one.pids(" gateway ") if round_ != 1 else one.pids("nats-server")
+        os.kill(victim[0], signal.SIGKILL)
+        wait_until(lambda: ready(one), "ready again", 60)
+
+    def counted() -> bool:
+        rows = json.loads(one.run("usage", "--json", check=False) or '{"rows": []}')["rows"]
+        return sum(row["requests"] for row in rows) == done
+
+    wait_until(counted, f"{done} records", 30)
+    rows = json.loads(one.run("usage", "--json"))["rows"]
+    assert sum(row["completion_tokens"] for row in rows) == 3 * done
+
+
+def ready(one: Platform) -> bool:
+    try:
+        return httpx.get(f"{one.url}/ready", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_second_machine_joins_with_a_token_once_and_serves(platform: Start, tmp_path: Path) -> None:
+    one = platform(*mock_flags(replicas=1)).ready()
+    token = json.loads(one.run("node", "token", "--json"))
+    second = tmp_path / "second"
+    command = [*SPRINGTIDE, "node", "join", token["url"], "--token", token["token"], "--name", "beta"]
+    log = open(tmp_path / "second.log", "wb")  # noqa: SIM115
+    joined = subprocess.Popen([*command, "--data-dir", str(second)], stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until(lambda: {n["id"] for n in one.status()["nodes"]} == {"local", "beta"}, "two nodes", 30)
+        one.run("scale", "mock", "2")
+
+        def spread() -> bool:
+            return {r["node"] for r in one.status()["replicas"] if r["state"] == "ready"} == {"local", "beta"}
+
+        wait_until(spread, "a replica on each node", 30)
+        third = subprocess.run(
+            [*command, "--data-dir", str(tmp_path / "third")], capture_output=True, text=True, timeout=60
+        )
+        assert third.returncode == 1 and "token" in third.stderr
+        one.run("node", "drain", "local")
+        wait_until(
+            lambda: {r["node"] for r in one.status()["replicas"] if r["state"] == "ready"} == {"beta"}, "drained", 40
+        )
+        with one.client() as client:
+            assert client.post("/v1/completions", json=body(5, stream=False)).status_code == 200
+    finally:
+        joined.send_signal(signal.SIGINT)
+        joined.wait(30)
+        log.close()
+    assert not processes_of(second)
+
+
+def test_keys_can_be_made_and_revoked_while_it_runs(platform: Start) -> None:
+    one = platform(*mock_flags()).ready()
+    made = json.loads(one.run("keys", "create", "for-a-test", "--tenant", "acme", "--json"))
+
+    def code() -> int:
+        headers = {"authorization": f"Bearer {made['key']}"}
+        return httpx.get(f"{one.url}/v1/models", headers=headers, trust_env=False).status_code
+
+    wait_until(lambda: code() == 200, "the new key is known", 10)
+    one.run("keys", "revoke", made["id"])
+    wait_until(lambda: code() == 401, "the revoked key is refused", 10)
+    assert made["key"] not in one.run("keys", "list", "--json")

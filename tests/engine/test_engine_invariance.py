@@ -1,0 +1,89 @@
+"""One seed, one text: alone, in company, chunked in any way, preempted, resumed. Bit for bit, logprobs too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from springtide.core.engine_api import SequenceRequest
+from springtide.core.store import ModelFiles
+from springtide.engine.config import EngineConfig
+from springtide.engine.llm_engine import LLMEngine
+from tests.engine.harness import Result, random_prompt, request, run
+
+LENGTHS = (1, 2, 3, 4, 7, 15, 16, 17, 31, 33, 40, 48, 63, 64, 65, 90, 100)
+
+WAYS: dict[str, dict[str, Any]] = {
+    "chunks of 7": {"max_num_batched_tokens": 7},
+    "chunks of 64": {"max_num_batched_tokens": 64},
+    "chunks of 512": {"max_num_batched_tokens": 512},
+    "few seats": {"max_num_seqs": 3},
+    "little memory": {"num_blocks": 14},
+    "five threads": {"threads": 5},
+}
+
+
+def company(vocab: int, most_tokens: int) -> list[SequenceRequest]:
+    """17 sequences, no two sampled alike."""
+    return [
+        request(
+            f"s{i}",
+            random_prompt(i, length, below=vocab),
+            seed=i,
+            temperature=(0.0, 0.7, 1.0)[i % 3],
+            top_p=(1.0, 0.9)[i % 2],
+            frequency_penalty=(0.0, 0.0, 0.3)[i % 3],
+            max_tokens=most_tokens,
+            ignore_eos=True,
+            logprobs=3,
+        )
+        for i, length in enumerate(LENGTHS)
+    ]
+
+
+def alone(engine: LLMEngine, requests: list[SequenceRequest]) -> dict[str, Result]:
+    results = {}
+    for each in requests:
+        results |= run(engine, each)
+    return results
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def attention(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny_alone(tiny_model: ModelFiles, dtype: str, attention: str) -> dict[str, Result]:
+    engine = LLMEngine.from_files(tiny_model, EngineConfig(dtype=dtype, attention=attention))  # type: ignore[arg-type]
+    return alone(engine, company(307, 20))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_company_changes_no_bit(
+    tiny_model: ModelFiles, tiny_alone: dict[str, Result], dtype: str, attention: str, way: str
+) -> None:
+    config = EngineConfig.from_options({"dtype": dtype, "attention": attention, **WAYS[way]})
+    engine = LLMEngine.from_files(tiny_model, config)
+    assert run(engine, *company(307, 20)) == tiny_alone
+    if way == "little memory":
+        assert engine.load().preemptions > 0
+
+
+@pytest.mark.model
+def test_the_real_model_keeps_every_bit_too(default_model: ModelFiles, dtype: str) -> None:
+    requests = company(49_152, 12)[::3]
+    expected = alone(load(default_model, dtype), requests)
+    for way in ("chunks of 7", "chunks of 512", "little memory"):
+        engine = load(default_model, dtype, **WAYS[way])
+        assert run(engine, *requests) == expected, way
+
+
+def load(model: ModelFiles, dtype: str, **options: Any) -> LLMEngine:
+    return LLMEngine.from_files(model, EngineConfig.from_options({"dtype": dtype, "num_blocks": 100, **options}))

@@ -1,0 +1,203 @@
+"""GGUF files, whole and broken, and the tokenizers that are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
+
+from springtide.core.errors import SetupError
+from springtide.core.store import ModelFiles
+from springtide.text.gguf_metadata import Metadata, read_metadata
+from springtide.text.tokenizer import Tokenizer
+from springtide.text.tokenizer_files import from_metadata
+
+SCALARS: dict[str, tuple[GGUFValueType, Any]] = {
+    "a.u8": (GGUFValueType.UINT8, 200),
+    "a.i8": (GGUFValueType.INT8, -3),
+    "a.u16": (GGUFValueType.UINT16, 60000),
+    "a.i16": (GGUFValueType.INT16, -30000),
+    "a.u32": (GGUFValueType.UINT32, 4_000_000_000),
+    "a.i32": (GGUFValueType.INT32, -2_000_000_000),
+    "a.u64": (GGUFValueType.UINT64, 2**63),
+    "a.i64": (GGUFValueType.INT64, -(2**62)),
+    "a.f32": (GGUFValueType.FLOAT32, 0.5),
+    "a.f64": (GGUFValueType.FLOAT64, 0.1),
+    "a.bool": (GGUFValueType.BOOL, True),
+    "a.string": (GGUFValueType.STRING, "\u65e5 text"),
+}
+
+
+def write(path: Path, metadata: Metadata) -> Path:
+    writer = GGUFWriter(path, "llama")
+    for key, (type, value) in SCALARS.items():
+        writer.add_key_value(key, value, type)
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def files(path: Path) -> ModelFiles:
+    return ModelFiles("m", "m", path, "gguf", "sha256:")
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tiny_metadata, tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_metadata)
+
+
+def test_metadata_is_what_was_written(tiny_metadata, tiny_file):
+    entries = read_metadata(tiny_file)
+    assert {key: entries[key] for key in SCALARS} == {key: value for key, (_, value) in SCALARS.items()}
+    assert {key: entries[key] for key in tiny_metadata} == tiny_metadata
+
+
+@pytest.mark.model
+def test_metadata_is_what_the_reference_reader_reads(smollm2_files):
+    reader = GGUFReader(smollm2_files.path)
+    entries = read_metadata(smollm2_files.path)
+    keys = {key for key in reader.fields if not key.startswith("GGUF.")}
+    assert entries.keys() == keys
+    for key in keys - {"tokenizer.ggml.merges"}:  # as slow to read as all the others together
+        assert entries[key] == reader.fields[key].contents()
+
+
+def test_a_tokenizer_from_a_file_is_one_from_its_metadata(tiny_file, tiny):
+    text = "the stop \u00e9 <tool> <|im_end|>"
+    assert Tokenizer.load(files(tiny_file)).encode(text) == tiny.encode(text)
+
+
+@given(cut=st.integers(0, 10_000))
+def test_a_file_that_is_cut_short_is_named(tiny_file, tmp_path_factory, cut):
+    data = tiny_file.read_bytes()
+    path = tmp_path_factory.getbasetemp() / "cut.gguf"
+    path.write_bytes(data[: min(cut, len(data) - 1)])
+    with pytest.raises(SetupError, match=r"cut\.gguf is not a whole GGUF file .*\(remove it"):
+        read_metadata(path)
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(tiny_file, tmp_path_factory, changes):
+    data = bytearray(tiny_file.read_bytes())
+    for at, byte in changes:
+        data[at % len(data)] = byte
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(data)
+    try:
+        Tokenizer.load(files(path))
+    except SetupError:
+        pass
+
+
+def test_a_missing_file_and_another_kind_of_file_are_named(tmp_path):
+    with pytest.raises(SetupError, match=r"none\.gguf can't be read: No such file"):
+        read_metadata(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("not a model at all")
+    with pytest.raises(SetupError, match="does not begin with GGUF"):
+        read_metadata(tmp_path / "text.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer model bert is not supported"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer model t5 is not supported"),
+        ({"tokenizer.ggml.model": None}, "has no tokenizer"),
+        ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
+        ({"tokenizer.ggml.pre": "tekken"}, "splitting text, tekken, is not supported"),
+        ({"tokenizer.ggml.merges": None}, r"incomplete: tokenizer\.ggml\.merges is missing"),
+        ({"tokenizer.ggml.merges": ["x nosuchtoken"]}, "tokenizer is broken"),
+        ({"tokenizer.ggml.merges": ["nospace"]}, "tokenizer is broken"),
+        ({"tokenizer.ggml.token_type": [1]}, "not one type for each token"),
+    ],
+)
+def test_a_tokenizer_that_we_can_not_do_right_is_refused(tiny_metadata, change, message):
+    metadata = {key: value for key, value in {**tiny_metadata, **change}.items() if value is not None}
+    with pytest.raises(SetupError, match=message):
+        from_metadata(metadata)
+
+
+SPLITS = {
+    "gpt-2": ["It", "'s", " 12345", " \u00bd\u00b2", "  ", " x", "\n\n", "\n", "y", "!?", " (", "z", ")"],
+    "smollm": [
+        "It",
+        "'s",
+        " ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        " ",
+        "\u00bd",
+        "\u00b2",
+        "  ",
+        " x",
+        "\n\n",
+        "\n",
+        "y",
+        "!?",
+        " (",
+        "z",
+        ")",
+    ],
+    "llama-bpe": ["It", "'s", " ", "123", "45", " ", "\u00bd\u00b2", "  ", " x", "\n\n\n", "y", "!?", " (", "z", ")"],
+    "qwen2": [
+        "It",
+        "'s",
+        " ",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        " ",
+        "\u00bd",
+        "\u00b2",
+        "  ",
+        " x",
+        "\n\n\n",
+        "y",
+        "!?",
+        " (",
+        "z",
+        ")",
+    ],
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_text_is_split_before_merging_as_the_models_authors_do(tiny_metadata, pre):
+    backend = from_metadata({**tiny_metadata, "tokenizer.ggml.pre": pre}).backend
+    text = "It's 12345 \u00bd\u00b2   x\n\n\ny!? (z)"
+    splits = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert splits == SPLITS[pre]
+
+
+def test_tokens_of_the_user_are_found_in_any_text_and_control_tokens_in_none(tiny):
+    ids = tiny.encode("<tool><|im_end|>")
+    assert ids[0] == tiny.vocab_size - 1
+    assert tiny.special_tokens["<|im_end|>"] not in ids
+
+
+@pytest.mark.parametrize(("flag", "begins"), [(True, True), (False, False), (None, False)])
+def test_the_beginning_token_is_put_where_the_model_wants_it(tiny_metadata, flag, begins):
+    metadata = {**tiny_metadata, **({} if flag is None else {"tokenizer.ggml.add_bos_token": flag})}
+    tokenizer = Tokenizer(from_metadata(metadata))
+    start = [tokenizer.bos_id] if begins else []
+    assert tokenizer.encode("") == start
+    assert tokenizer.encode("op") == start + tokenizer.encode("op", add_bos=False)
