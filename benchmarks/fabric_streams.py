@@ -14,6 +14,7 @@ import asyncio
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from springtide.core.request import Delta, End, Request, SamplingParams, TokenCo
 from springtide.fabric.authority import Authority
 from springtide.fabric.connection import Fabric
 from springtide.fabric.credentials import Credentials
-from springtide.fabric.server import NatsServer
+from springtide.fabric.server import NatsServer, find_nats_server
 from springtide.fabric.streams import StreamHub, StreamKey, StreamServer
 
 GOAL = 100_000  # deltas per second in one receiving process
@@ -98,6 +99,7 @@ async def _replica(credentials: Credentials, streams: int, steps: int) -> None:
             for key in keys:
                 server.emit(key, [Delta(0, "text", b" token", [step], 6 * step)])
             await server.flush()
+            await asyncio.sleep(0)  # as after every engine step: each leaves by itself, not in one burst
         for key in keys:
             server.emit(key, [], End("finished", TokenCounts(1, steps)))
         await server.flush()
@@ -201,9 +203,6 @@ def _cpu_name() -> str:
 
 
 def _server_version() -> str:
-    import subprocess
-
-    from springtide.fabric.server import find_nats_server
 
     text = subprocess.run([find_nats_server(), "--version"], capture_output=True, text=True, check=True).stdout
     return text.rsplit("v", 1)[1].strip()

@@ -34,7 +34,7 @@ def gone(platform: Platform) -> bool:
 
 
 def test_it_says_where_it_is_and_the_curl_line_works_as_printed(platform: Start) -> None:
-    one = platform(*mock_flags()).ready()
+    one = platform(*mock_flags(context_length=128)).ready()
     said = one.said()
     assert f"{one.url}/v1" in said and one.key in said
     curl = said[said.index("  curl ") : said.index("Ctrl-C")].strip()

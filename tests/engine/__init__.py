@@ -1,0 +1,1 @@
+import springtide.engine  # noqa: F401  before torch, whose threads it sets up

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 from springtide.core.engine_api import SequenceOutput
 from springtide.core.errors import ContextTooLong, InvalidRequest, SetupError
 from springtide.core.store import ModelFiles
 from springtide.engine.config import EngineConfig
 from springtide.engine.llm_engine import LLMEngine
+from springtide.engine.machine import available_memory, usable_cores
+from springtide.engine.models.registry import load_model, weight_bytes
+from springtide.engine.runner import plan_num_blocks
 from tests.engine.harness import random_prompt, request, run
 
 VOCAB = 307
@@ -226,8 +230,8 @@ def load(model: ModelFiles, **options: Any) -> LLMEngine:
     ("options", "words"),
     [
         ({"context_length": 513}, r"made for 512 tokens"),
-        ({"num_blocks": 10**9}, r"KV memory needs [\d,]+ MB.* [\d,]+ MB are free"),
-        ({"kv_memory": 100}, r"KV memory needs"),
+        ({"num_blocks": 10**9}, r"the model needs 0\.\d MB and its KV memory [\d,.]+ MB, but only [\d,.]+ MB are free"),
+        ({"kv_memory": 100}, r"KV memory may take 0\.0 MB"),
         ({"max_num_seq": 4}, r"unknown engine option max_num_seq \(did you mean max_num_seqs\?\)"),
         ({"max_num_seqs": 0}, r"max_num_seqs is 0"),
         ({"dtype": "float8"}, r"wrong value.*dtype"),
@@ -238,6 +242,21 @@ def test_an_option_that_can_not_be_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(SetupError, match=words):
         load(tiny_model, **options)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_read(tiny_model: ModelFiles) -> None:
+    shape, _ = load_model(tiny_model, torch.float32, torch.device("cpu"))
+    weights = weight_bytes(tiny_model, torch.float32)
+    with pytest.raises(SetupError, match=r"the model needs 0\.\d MB and its KV memory 0\.0 MB"):
+        plan_num_blocks(EngineConfig(num_blocks=1), shape.config, torch.float32, weights=weights, available=weights)
+
+
+def test_the_machine_tells_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert available_memory() > 2**20
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_cores() >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert usable_cores() == 1
 
 
 def test_the_context_is_what_the_memory_holds(tiny_model: ModelFiles) -> None:

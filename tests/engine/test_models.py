@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM
 
 from springtide.core.store import ModelFiles
 from springtide.engine.attention.reference import ReferenceAttention
-from tests.engine.checkpoints import all_logits, loaded, saved, tiny_llama, write_gguf
+from springtide.engine.attention.registry import choose_attention
+from springtide.engine.inputs import ForwardInputs
+from tests.engine.checkpoints import all_logits, loaded, pages_for, saved, tiny_llama, write_gguf
 
 PROMPT = np.random.default_rng(3).integers(0, 160, 70).tolist()
 
@@ -106,13 +108,23 @@ def test_the_chunking_of_a_prompt_changes_no_bit(tmp_path: Path, dtype: torch.dt
 
 
 def test_a_broken_number_stays_in_its_sequence(tmp_path: Path) -> None:
-    """A NaN in an embedding must reach the logits of its own row, where the sampler reports it."""
-    model = tiny_llama()
+    """A NaN in an embedding must reach the logits of its own sequence, where the sampler reports it, and no other."""
+    broken = tiny_llama()
     with torch.no_grad():
-        model.model.embed_tokens.weight[5] = math.nan
-    logits = all_logits(loaded(saved(model, tmp_path)), [1, 2, 5])
-    assert logits[:2].isfinite().all()
-    assert logits[2].isnan().all()
+        broken.model.embed_tokens.weight[5] = math.nan
+    model = loaded(saved(broken, tmp_path))
+    pool, page_table = pages_for(model, 2, 3, torch.float32)
+    inputs = ForwardInputs(
+        token_ids=torch.tensor([1, 2, 3, 4, 5]),
+        positions=torch.tensor([0, 1, 2, 0, 1]),
+        row_seq=torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32),
+        page_table=page_table,
+        logit_rows=torch.tensor([2, 4]),
+    )
+    with torch.inference_mode():
+        logits = model.logits(model.forward(inputs, pool, choose_attention("auto", model.config, torch.float32)))
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
 
 
 def _round_weights(model: LlamaForCausalLM, type: str) -> None:

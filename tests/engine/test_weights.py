@@ -78,7 +78,8 @@ def test_an_unsupported_architecture_is_refused_by_name(folder: Path) -> None:
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn'"),
         ({"num_hidden_layers": None}, "not a model configuration"),
         ({"architectures": []}, "not a model configuration"),
-        ({"num_attention_heads": 0}, "not a model configuration"),
+        ({"num_attention_heads": 0}, "0 heads can't share"),
+        ({"num_hidden_layers": 10**9}, "out of all reason"),
         ({"num_key_value_heads": 3}, "4 heads can't share 3 kv heads"),
         ({"hidden_size": 128}, "has shape"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2."),
@@ -209,7 +210,7 @@ def test_a_tensor_type_that_cannot_be_read_is_named(whole_gguf: Path, tmp_path: 
     assert struct.unpack_from("<I", data, at) == (gguf.GGMLQuantizationType.Q8_0,)
     path = tmp_path / "integers.gguf"
     path.write_bytes(data[:at] + struct.pack("<I", gguf.GGMLQuantizationType.I8) + data[at + 4 :])
-    assert "token_embd.weight is of type I8" in refusal(files_of(path, "gguf"))
+    assert "is of type I8, which can't be read" in refusal(files_of(path, "gguf"))
 
 
 @pytest.mark.model

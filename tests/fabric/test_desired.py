@@ -16,6 +16,11 @@ from springtide.fabric.kv import Bucket, Conflict
 from tests.fabric.conftest import World, until
 
 
+@pytest.fixture(autouse=True)
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desired, "_LOOK_EVERY_S", 0.2)
+
+
 async def test_a_state_written_before_during_and_after_an_outage_arrives(world: World) -> None:
     platform, node = await world.platform(), await world.node("A")
     writer = DesiredWriter(platform)
@@ -67,8 +72,10 @@ async def test_a_registry_keeps_typed_values_and_tells_of_changes(world: World) 
     fabric = await world.platform()
     registry = Registry(fabric, subjects.DEPLOYMENTS, Deployment)
     told: list[int] = []
-    other = Registry(await world.platform("other"), subjects.DEPLOYMENTS, Deployment)
+    elsewhere = await world.platform("other")
+    other = Registry(elsewhere, subjects.DEPLOYMENTS, Deployment)
     await other.watch(lambda: told.append(1))
+    await elsewhere.flush()
     value = Deployment(name="meta/llama 3.1", source="mock", options={"a": 1})
     await registry.put(value.name, value)
     await until(lambda: told)

@@ -27,7 +27,7 @@ async def test_exactly_one_leads_and_keeps_leading(world: World) -> None:
     candidates = await start_candidates(world)
     await until(lambda: leaders(candidates))
     first = leaders(candidates)
-    for _ in range(40):
+    for _ in range(20):
         await asyncio.sleep(0.05)
         assert leaders(candidates) == first and len(first) == 1
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import nats.errors
 import pytest
 
@@ -61,6 +59,7 @@ FORBIDDEN_TO_PUBLISH = [
     "$JS.API.DIRECT.GET.KV_keys",
     "$JS.API.DIRECT.GET.KV_keys.$KV.keys.k",
     "$JS.API.DIRECT.GET.KV_desired",
+    "$JS.API.DIRECT.GET.KV_desired.$KV.desired.A",
     "$JS.API.DIRECT.GET.KV_desired.$KV.desired.B",
 ]
 
@@ -136,6 +135,8 @@ async def test_a_node_reads_its_own_desired_state_and_nobody_elses(world: World)
     await until(lambda: states)
     await reader.stop()
     assert states == [DesiredState(node="A", revision=1)]
+    with pytest.raises(nats.errors.Error):
+        await a.request(subjects.desired_subject("B"), timeout=0.3)
     with pytest.raises(Unavailable):
         await Bucket(a, subjects.DESIRED).get("B", timeout=0.3)
 
@@ -168,22 +169,21 @@ async def test_presence_works_with_a_nodes_permissions(world: World) -> None:
     await view.stop()
 
 
-async def test_an_answer_sent_to_anothers_subject_is_not_taken_for_the_others_state(world: World) -> None:
-    """A node may name any subject as its inbox; what then arrives at B is A's state, and B refuses it."""
-    platform, a, b = await world.platform(), await world.node("A"), await world.node("B")
+async def test_nobody_answers_a_node_on_anothers_subject(world: World) -> None:
+    """A node may name any subject as where to answer: whoever answers it must not write there for it."""
+    platform, a = await world.platform(), await world.node("A")
     writer = DesiredWriter(platform)
-    await writer.put(DesiredState(node="A", revision=9))
-    await writer.put(DesiredState(node="B", revision=1))
-    states: list[DesiredState] = []
-    reader = DesiredReader(b, "B", states.append)
-    await reader.start()
-    await until(lambda: states)
-    await a.nc.publish(subjects.direct_get_subject(subjects.DESIRED, "A"), b"", reply="$KV.desired.B")
-    await asyncio.sleep(0.2)
-    await writer.put(DesiredState(node="B", revision=2))
-    await until(lambda: len(states) == 2)
-    await reader.stop()
-    assert [(state.node, state.revision) for state in states] == [("B", 1), ("B", 2)]
+    for node in ("A", "B"):
+        await writer.put(DesiredState(node=node, revision=1))
+    presence = Bucket(platform, subjects.PRESENCE)
+    for question in (subjects.desired_subject("A"), "$KV.presence.node.A", subjects.frames_subject("g", "A")):
+        for victim in ("$KV.desired.B", "$KV.presence.node.B", "$KV.keys.k", "st.node.B.replica.r.open"):
+            await a.nc.publish(question, wire.pack(Node(id="A")), reply=victim)
+    await a.flush()
+    assert (await a.request(subjects.desired_subject("A"))).data == wire.pack(DesiredState(node="A", revision=1))
+    assert await writer.get("B") == DesiredState(node="B", revision=1)
+    assert [entry.key for entry in await presence.entries()] == ["node.A"]
+    assert await Bucket(platform, subjects.KEYS).entries() == []
 
 
 async def test_a_request_of_a_node_is_answered_at_its_own_inbox(world: World) -> None:

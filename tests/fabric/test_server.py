@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from springtide.core.errors import SetupError
+from springtide.fabric import server as server_module
 from springtide.fabric.authority import Authority
 from springtide.fabric.server import NatsServer, find_nats_server
 from tests.fabric.conftest import World
@@ -29,12 +30,33 @@ def test_a_server_keeps_its_port_over_restarts(nats: World) -> None:
     try:
         assert again.port == port
         assert again.url == f"nats://127.0.0.1:{port}"
+        assert again.node_url("fabric.example.org") == f"tls://fabric.example.org:{port}"
         assert again.node_url() == f"tls://127.0.0.1:{port}"
     finally:
         again.stop()
 
 
-def test_a_port_in_use_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_a_server_that_died_is_started_again_by_its_owner(nats: World) -> None:
+    port = nats.server.port
+    os.kill(nats.server.pid, signal.SIGKILL)
+    while nats.server.alive():
+        time.sleep(0.01)
+    nats.server.start()
+    assert nats.server.alive() and nats.server.port == port
+
+
+def test_only_loopback_is_spoken_to_plainly(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    for host, url in (
+        ("0.0.0.0", "nats://127.0.0.1:5"),
+        ("127.0.0.2", "nats://127.0.0.2:5"),
+        ("10.0.0.9", "tls://10.0.0.9:5"),
+    ):
+        assert NatsServer(tmp_path, authority, host=host, port=5).url == url
+
+
+def test_a_port_in_use_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_PORT_PATIENCE_S", 0.1)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

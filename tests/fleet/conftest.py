@@ -22,10 +22,10 @@ class World:
         self.server = NatsServer(directory / "fabric", self.authority)
         self.server.start()
 
-    def node_credentials(self, node: str) -> Path:
+    def node_credentials(self, node: str, *, ttl: float = 3600) -> Path:
         """A file with the credentials of a node."""
         path = self.directory / f"{node}.creds"
-        self.authority.local_node(node, [self.server.url]).save(path)
+        self.authority.local_node(node, [self.server.url], ttl=ttl).save(path)
         return path
 
     async def connect(self, name: str) -> Fabric:

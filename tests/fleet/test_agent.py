@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from springtide.core.config import Settings
 from springtide.core.ids import new_id
 from springtide.core.request import Message, Request, SamplingParams
 from springtide.fabric.connection import Fabric
+from springtide.fabric.credentials import Credentials
 from springtide.fabric.desired import DesiredWriter
+from springtide.fabric.join import JoinServer
 from springtide.fabric.presence import DisconnectWatch, PresenceView
 from springtide.fabric.streams import StreamHub
 from springtide.fleet.agent import Agent
@@ -52,9 +55,9 @@ class Stage:
         self._stop: list[Callable[[], object]] = []
         self._revision = 0
 
-    async def start_agent(self, **options: object) -> Agent:
-        credentials = self.world.node_credentials(NODE)
-        fabric = await Fabric.connect(credentials, name="agent")
+    async def start_agent(self, *, credentials_ttl: float = 3600, **options: object) -> Agent:
+        credentials = self.world.node_credentials(NODE, ttl=credentials_ttl)
+        self.fabric = fabric = await Fabric.connect(credentials, name="agent")
         settings = Settings(data_dir=str(self.data_dir), region="coast", site="pier")
         given = {"credentials": credentials, "data_dir": self.data_dir, **options}
         agent = Agent(fabric, NODE, settings, **given)  # type: ignore[arg-type]
@@ -215,6 +218,21 @@ async def test_an_engine_that_is_not_on_the_list_never_starts(stage: Stage):
     assert not list(stage.world.directory.rglob("*escaped*"))
     await stage.want()
     await until(lambda: stage.replica(forged.id) is None)
+
+
+async def test_a_node_outlives_its_first_credentials(stage: Stage):
+    join_server = JoinServer(stage.platform, stage.world.authority)
+    await join_server.start()
+    await stage.start_agent(credentials_ttl=3)
+    wanted = replica()
+    await stage.want(wanted)
+    await until(lambda: stage.state(wanted.id) == "ready")
+    await until(lambda: stage.fabric.counters["reconnects"] + stage.fabric.counters["reopened"])  # they have ended
+    beat = time.time()
+    await until(lambda: (node := stage.node()) and node.beat > beat)
+    await until(lambda: (seen := stage.replica(wanted.id)) and seen.beat > beat and seen.state == "ready")
+    assert (Credentials.load(stage.world.directory / f"{NODE}.creds").expires or 0) > beat + 600
+    await join_server.stop()
 
 
 def test_cards_are_read_from_the_drivers_tool():

@@ -6,7 +6,7 @@ import itertools
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide.core.errors import InvalidRequest, SetupError
@@ -18,6 +18,7 @@ from springtide.text.tokenizer_files import from_metadata
 from tests.text.templates import CHATML, TEMPLATES
 
 NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+AROUND = [("", ""), ("{% for _ in [1] %}", "{% endfor %}")]  # Jinja compiles what is in a loop in another way
 CONVERSATION = [
     {"role": "system", "content": " You count. \n"},
     {"role": "user", "content": "  One \u65e5\u672c and A?\n\n"},
@@ -71,6 +72,7 @@ def test_special_tokens_typed_as_text_stay_text(smollm2):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=30)
 @given(contents=st.lists(st.text(alphabet="<|im_startend>\n a", max_size=25), min_size=1, max_size=3))
 def test_what_a_user_writes_is_never_taken_for_the_templates_own(name, contents):
     """Whatever the contents are, the template's own text is what it writes for other contents of the same kind."""
@@ -100,6 +102,7 @@ def test_what_a_user_writes_is_never_taken_for_the_templates_own(name, contents)
         ("{{ '<|im_{}|>'.format(messages[0].content) }}", ["end"]),
         ("{{ '<|im_{x}|>'.format(x=messages[0].content) }}", ["end"]),
         ("{{ 'x'.join(['<|im_', messages[0].content]).replace('x', messages[1].content) }}", ["end|>", ""]),
+        ("{{ messages[0].content.strip('x') }}", ["xx<|im_end|>x"]),
         ("{{ messages|map(attribute='content')|join }}", ["<|im_", "end|>"]),
         ("{{ messages[0]|tojson }}", ["<|im_end|>"]),
         ("{{ messages }}", ["<|im_end|>"]),
@@ -110,8 +113,9 @@ def test_what_a_user_writes_is_never_taken_for_the_templates_own(name, contents)
         ("{{ messages[0].name }}", ["<|im_end|>"]),
     ],
 )
-def test_no_operation_turns_content_into_a_control_token(tiny_metadata, source, contents):
-    tokenizer = with_template(tiny_metadata, source)
+@pytest.mark.parametrize("around", AROUND)
+def test_no_operation_turns_content_into_a_control_token(tiny_metadata, source, contents, around):
+    tokenizer = with_template(tiny_metadata, around[0] + source + around[1])
     messages = [Message("user", content, name=content) for content in contents]
     ids = tokenizer.render_chat(messages)
     assert not set(ids) & set(tokenizer.special_tokens.values())
@@ -138,8 +142,9 @@ def test_no_operation_turns_content_into_a_control_token(tiny_metadata, source, 
         "{% set n = namespace(t='') %}{% for m in messages %}{% set n.t = n.t ~ eos_token %}{% endfor %}{{ n.t }}",
     ],
 )
-def test_control_tokens_of_the_template_are_control_tokens(tiny_metadata, source):
-    tokenizer = with_template(tiny_metadata, source)
+@pytest.mark.parametrize("around", AROUND)
+def test_control_tokens_of_the_template_are_control_tokens(tiny_metadata, source, around):
+    tokenizer = with_template(tiny_metadata, around[0] + source + around[1])
     ids = tokenizer.render_chat([Message("user", "<|im_end|>")])
     assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 1
 
@@ -209,6 +214,9 @@ BOMBS = {
     "batches": "{{ [1]|batch(999999999, 'x')|list }}",
     "indentation": "{{ 'x'|indent(999999999, true) }}",
     "indented JSON": "{{ [1]|tojson(indent=999999999) }}",
+    "deep indented JSON": "{% set n = namespace(s=[1] * 99999) %}{% for i in range(150) %}{% set n.s = [n.s] %}"
+    "{% endfor %}{{ n.s|tojson(indent=64) }}",
+    "JSON with long separators": "{{ ([1] * 9999)|tojson(separators=('x' * 99999, ':')) }}",
     "a replaced letter": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
     "a replaced nothing": "{{ ('a' * 99999)|replace('', 'b' * 99999) }}",
     "a joined list": "{{ (['a' * 99999] * 99999)|join }}",

@@ -22,7 +22,6 @@ class RunState(msgspec.Struct, kw_only=True):
     total: int | None = None
     ready: bool = False
     url: str = ""
-    admin_url: str = ""
     fabric_url: str = ""
     model: str = ""
     note: str | None = None
@@ -97,14 +96,19 @@ class AdminClient:
 
     @classmethod
     def of(cls, data_dir: Path) -> AdminClient:
-        state = running(data_dir)
+        running(data_dir)
         try:
+            url = (data_dir / "admin.url").read_text().strip()  # a gateway that was started again has another
             token = (data_dir / "admin.token").read_text().strip()
+        except FileNotFoundError:
+            raise SetupError(
+                "the gateway is not up", hint="is it still starting? see the logs in its data dir"
+            ) from None
         except OSError as error:
             raise SetupError(
                 f"the admin token can't be read: {error}", hint="run as the user who started the platform"
             ) from None
-        return cls(state.admin_url, token)
+        return cls(url, token)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """The decoded answer.

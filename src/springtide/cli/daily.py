@@ -22,6 +22,8 @@ from springtide.core.errors import SetupError, SpringtideError
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
+_REQUEST_COLUMNS = ["request_id", "model", "outcome", "prompt_tokens", "completion_tokens", "cached_tokens"]
+
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
@@ -240,8 +242,8 @@ def usage(
     if as_json:
         return _print_json(answer)
     rows = answer["rows"]
-    columns = list(rows[0]) if rows else ["nothing was used yet"]
-    _table(f"Usage by {by}", columns, [[str(row[c]) for c in columns] for row in rows])
+    columns = _REQUEST_COLUMNS if by == "request" else [c for c in rows[0] if c != "tenant_id"] if rows else []
+    _table(f"Usage by {by}", [c.replace("_", " ") for c in columns], [[str(row[c]) for c in columns] for row in rows])
 
 
 @keys.command("create")

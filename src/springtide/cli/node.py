@@ -6,6 +6,7 @@ import asyncio
 import os
 import platform
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +38,20 @@ def token(
 @app.command()
 def join(
     url: Annotated[str, typer.Argument(help="Where the fabric listens, tls://HOST:PORT.")],
-    token: Annotated[str, typer.Option(help="The token; @FILE reads it from a file.", envvar="SPRINGTIDE_JOIN_TOKEN")],
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="The token; @FILE reads it from a file. Not needed to come back.", envvar="SPRINGTIDE_JOIN_TOKEN"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The machine's name in the fleet; its host name by default.")] = None,
     region: Annotated[str | None, typer.Option(help="Its region.")] = None,
     site: Annotated[str | None, typer.Option(help="Its site: nodes that reach each other directly.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Join a fleet by dialling out, and serve until Ctrl-C (which drains). A machine that joined before rejoins."""
-    from springtide.fabric.join import join as exchange
+    """Join a fleet by dialling out, and serve until Ctrl-C (which drains)."""
+    from springtide.cli.processes import run_until_signal
+    from springtide.fleet.agent import run_agent
 
     chosen = settings(data_dir=data_dir, region=region, site=site)
     node = re.sub(r"[^a-z0-9-]+", "-", (name or platform.node() or "node").lower()).strip("-") or "node"
@@ -53,14 +60,24 @@ def join(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"the data dir {directory} can't be made: {error.strerror}", hint="pass --data-dir") from None
-    credentials = asyncio.run(exchange(_token(token), node, [url]))
     path = directory / f"node-{node}.creds"
-    credentials.save(path)
+    _obtain(path, node, url, token)
     print(f"joined as {node}; serving until Ctrl-C", flush=True)
-    from springtide.cli.processes import run_until_signal
-    from springtide.fleet.agent import run_agent
-
     run_until_signal("agent", chosen, lambda stop: run_agent(path, node, chosen, directory, stop))
+
+
+def _obtain(path: Path, node: str, url: str, token: str | None) -> None:
+    """See that `path` holds credentials: those of last time while they are good, else new ones for the token."""
+    from springtide.fabric.credentials import Credentials
+    from springtide.fabric.join import join as exchange
+
+    previous = Credentials.load(path) if path.exists() else None
+    if token is not None:
+        asyncio.run(exchange(_token(token), node, [url], previous=previous)).save(path)
+    elif previous is None:
+        raise SetupError("this machine has not joined yet", hint="get a token: springtide node token; pass --token")
+    elif previous.expires is not None and previous.expires < time.time():
+        raise SetupError("this machine's credentials have expired", hint="get a new token: springtide node token")
 
 
 def _token(text: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from springtide.cli.options import DataDir, settings
@@ -43,6 +44,7 @@ def gateway(
     data_dir: DataDir = None,
 ) -> None:
     """Run one gateway: the public HTTP edge."""
+    from springtide.gateway.limits import DEFAULT_LIMITS
     from springtide.gateway.server import run_gateway
 
     chosen = settings(data_dir=data_dir)
@@ -51,7 +53,8 @@ def gateway(
         async with contextlib.AsyncExitStack() as stack:
             if with_controller:
                 await stack.enter_async_context(_controller(credentials, chosen))
-            await run_gateway(credentials, chosen, chosen.data_path, stop=stop)
+            limits = msgspec.structs.replace(DEFAULT_LIMITS, grace=chosen.grace)
+            await run_gateway(credentials, chosen, chosen.data_path, stop=stop, limits=limits)
 
     run_until_signal("gateway", chosen, work)
 
@@ -114,13 +117,7 @@ def replica(
     data_dir: DataDir = None,
 ) -> None:
     """Run one replica: one engine of one model."""
-    import base64
+    from springtide.fleet.replica_main import main
 
-    import msgspec
-
-    from springtide.core.cluster import DesiredReplica
-    from springtide.fleet.replica_main import run_replica
-
-    desired = msgspec.json.decode(base64.urlsafe_b64decode(spec + "=" * (-len(spec) % 4)), type=DesiredReplica)
-    chosen = settings(data_dir=data_dir)
-    run_until_signal("replica", chosen, lambda stop: run_replica(credentials, node, desired, chosen, stop))
+    arguments = ["--credentials", str(credentials), "--node", node, "--spec", spec]
+    raise typer.Exit(main(arguments + (["--data-dir", data_dir] if data_dir else [])))

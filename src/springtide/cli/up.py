@@ -34,7 +34,8 @@ from springtide.fleet.children import Child, start_child
 
 Report = Callable[[str, int, int | None], None]
 LOCAL_NODE = "local"
-GRACE_S = 3.0  # for a polite end; then by force, so that Ctrl-C is over within 5 s
+GRACE_S = 3.5  # for a polite end; then by force, so that Ctrl-C is over within 5 s
+CHILD_GRACE_S = 2.0  # of that, for running requests
 
 
 def up(
@@ -147,7 +148,6 @@ class Platform:
         (self._dir / "admin.url").unlink(missing_ok=True)
         self._spawn("gateway", "gateway", "--credentials", str(credentials), "--with-controller")
         self._await(lambda: (self._dir / "admin.url").exists(), "the gateway")
-        self._state.admin_url = (self._dir / "admin.url").read_text().strip()
         self._state.url = f"{'https' if chosen.tls_cert else 'http'}://{_reachable(chosen.host)}:{chosen.port}"
         self._report_state("starting the replica")
         self._deploy()
@@ -158,10 +158,11 @@ class Platform:
 
     async def _open_ledger(self) -> None:
         """Bring its tables up to date before anybody reads them, and see that there is a key."""
+        from springtide.ledger.database import database_url
         from springtide.ledger.first_key import ensure_first_key
         from springtide.ledger.store import Ledger
 
-        ledger = await Ledger.open(self._settings.database_url or f"sqlite:///{self._dir.absolute()}/ledger.db")
+        ledger = await Ledger.open(database_url(self._settings))
         try:
             first = await ensure_first_key(ledger, self._dir)
         finally:
@@ -369,7 +370,7 @@ def _wait_ready(process: subprocess.Popen[bytes], data_dir: Path, bar: Bar) -> R
 
 def _environment(chosen: Settings) -> dict[str, str]:
     """Our settings as the environment of a child, so that it sees what we see."""
-    fields = msgspec.structs.asdict(chosen)
+    fields = msgspec.structs.asdict(chosen) | {"grace": min(chosen.grace, CHILD_GRACE_S)}
     return {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in fields.items()}}
 
 

@@ -15,7 +15,7 @@ from springtide.core.errors import SetupError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 ENV_PREFIX = "SPRINGTIDE_"
-_NOT_SETTINGS = {"SPRINGTIDE_CONFIG", "SPRINGTIDE_PARENT_FD"}
+_NOT_SETTINGS = {"SPRINGTIDE_CONFIG", "SPRINGTIDE_PARENT_FD", "SPRINGTIDE_JOIN_TOKEN"}
 
 
 def _default_data_dir() -> str:
@@ -27,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `fabric_url` empty means: start a NATS server here. `fabric_port` 0 means: a free one, remembered in the
     data dir. `database_url` empty means SQLite in the data dir. `model_dir` empty means `<data_dir>/models`.
+    `grace` is what running requests get when a process stops.
     """
 
     data_dir: str = msgspec.field(default_factory=_default_data_dir)
@@ -50,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 16 * 1024 * 1024
     queue_timeout: float = 600.0
     silent_wait: float = 10.0
+    grace: float = 10.0
     cors_origins: str = "*"
     log_level: str = "INFO"
 

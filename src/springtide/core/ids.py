@@ -8,14 +8,17 @@ import time
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 
 
+_PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
+
+
 def _base32(value: int, length: int) -> str:
-    return "".join(_ALPHABET[(value >> (5 * i)) & 31] for i in reversed(range(length)))
+    """The lowest 5 * `length` bits, `length` being even."""
+    return "".join([_PAIRS[(value >> shift) & 1023] for shift in range(5 * length - 10, -1, -10)])
 
 
 def new_id(prefix: str) -> str:
     """`prefix-` and 20 characters: 45 bits of milliseconds, 55 of chance."""
-    milliseconds = int(time.time() * 1000)
-    return f"{prefix}-{_base32(milliseconds, 9)}{_base32(secrets.randbits(55), 11)}"
+    return f"{prefix}-{_base32(int(time.time() * 1000) << 55 | secrets.randbits(55), 20)}"
 
 
 def new_api_key() -> str:

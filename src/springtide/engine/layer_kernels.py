@@ -64,13 +64,15 @@ def split_and_rotate(qkv, positions, cos, sin, q, k, v):
     num_rows, num_heads, dim = q.shape
     num_kv_heads = k.shape[1]
     for row in prange(num_rows):
-        heads = qkv[row].reshape(-1, dim)
         c, s = cos[positions[row]], sin[positions[row]]
         for head in range(num_heads):
-            _rotate(heads[head], c, s, q[row, head])
+            _rotate(qkv[row, head * dim : (head + 1) * dim], c, s, q[row, head])
         for head in range(num_kv_heads):
-            _rotate(heads[num_heads + head], c, s, k[row, head])
-            v[row, head] = heads[num_heads + num_kv_heads + head]
+            at = (num_heads + head) * dim
+            _rotate(qkv[row, at : at + dim], c, s, k[row, head])
+            at += num_kv_heads * dim
+            for d in range(dim):
+                v[row, head, d] = qkv[row, at + d]
 
 
 @njit(fastmath=FUSED)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from springtide.engine import layer_kernels
 from springtide.engine.jit import as_numpy, launch
 from springtide.engine.models.config import ModelConfig, RopeScaling
+
+_FIRST_POSITIONS = 4096
 
 
 class RMSNorm:
@@ -39,9 +42,9 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 class RotaryEmbedding:
     """Turns each half-split pair of a head by an angle that grows with the position.
 
-    The tables are float32 [context, head_dim / 2], made once: looked up, never recomputed, so a position's
-    angle is the same in every batch. `freq_factors` [head_dim / 2], if a file brings them, divide the
-    frequencies in place of `rope_scaling`.
+    The angles' cosines and sines are float32 tables, looked up by position, never recomputed: a position's are
+    the same in every batch. `freq_factors` [head_dim / 2], if a file brings them, divide the frequencies in
+    place of `rope_scaling`.
     """
 
     def __init__(self, config: ModelConfig, freq_factors: Tensor | None = None) -> None:
@@ -51,14 +54,24 @@ class RotaryEmbedding:
             frequencies = frequencies / freq_factors.float()
         elif config.rope_scaling is not None:
             frequencies = _scaled(frequencies, config.rope_scaling)
-        angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * frequencies
-        self._cos = angles.cos().numpy()
-        self._sin = angles.sin().numpy()
+        self._frequencies = frequencies.numpy()
         self._num_heads, self._num_kv_heads, self._dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self._cos, self._sin = self._tables(_FIRST_POSITIONS)
+
+    def reach(self, position: int) -> None:
+        """Make the tables long enough for `position`: few sequences come near a context of millions."""
+        if position >= len(self._cos):
+            self._cos, self._sin = self._tables(1 << position.bit_length())
+
+    def _tables(self, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """[num_positions, head_dim / 2] each. From float64, whose last bit, that of the library's choice of code,
+        is then rounded away."""
+        angles = (np.arange(num_positions, dtype=np.float32)[:, None] * self._frequencies).astype(np.float64)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def split(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The fused projections [rows, (heads + 2 * kv_heads) * head_dim] as q [rows, heads, head_dim] and k, v
-        [rows, kv_heads, head_dim], with q and k turned to `positions` [rows]."""
+        [rows, kv_heads, head_dim], with q and k turned to `positions` [rows], all within reach."""
         rows = qkv.shape[0]
         q = qkv.new_empty(rows, self._num_heads, self._dim)
         k = qkv.new_empty(rows, self._num_kv_heads, self._dim)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,14 +16,12 @@ from torch import Tensor
 from springtide.core.engine_api import EngineInfo, EngineLoad, SequenceOutput, SequenceRequest, TokenScore
 from springtide.core.errors import ContextTooLong, InvalidRequest
 from springtide.core.request import FinishReason
+from springtide.core.store import ModelFiles
 from springtide.engine.config import EngineConfig
 from springtide.engine.kv import PAGE_SIZE
 from springtide.engine.runner import Chunk, ModelRunner, load_runner, resolve_context_length
 from springtide.engine.sampler import SampleError, SampleRow, sample
 from springtide.policy.scheduler import Batch, Scheduled, Scheduler
-
-if TYPE_CHECKING:
-    from springtide.core.store import ModelFiles
 
 
 class LLMEngine:
@@ -66,27 +63,27 @@ class LLMEngine:
         config = config or EngineConfig()
         return cls(load_runner(files, config), config, model=files.name, digest=files.digest)
 
-    def add(self, request: SequenceRequest) -> None:
+    def add(self, sequence: SequenceRequest) -> None:
         """Queue a sequence. One whose `output` is already complete just gets its last word from the next step.
 
         Raises:
             ContextTooLong: prompt and `max_tokens` do not fit the context.
             InvalidRequest: no tokens at all, or a token id that the model does not have.
         """
-        assert request.id not in self._sequences, f"sequence {request.id} is already here"
-        _check_token_ids(request, self.info.vocab_size)
-        sequence = _Sequence(request, self.info.context_length)
-        reason = sequence.finish_reason()
+        assert sequence.id not in self._sequences, f"sequence {sequence.id} is already here"
+        _check_token_ids(sequence, self.info.vocab_size)
+        added = _Sequence(sequence, self.info.context_length)
+        reason = added.finish_reason()
         if reason is not None:
-            self._ended.append(SequenceOutput(id=request.id, token_ids=[], finish_reason=reason))
+            self._ended.append(SequenceOutput(id=sequence.id, token_ids=[], finish_reason=reason))
             return
         self._scheduler.add(
-            request.id,
-            num_tokens=len(sequence.tokens),
-            max_num_tokens=len(request.prompt) + sequence.max_tokens,
-            priority=request.priority,
+            sequence.id,
+            num_tokens=len(added.tokens),
+            max_num_tokens=len(sequence.prompt) + added.max_tokens,
+            priority=sequence.priority,
         )
-        self._sequences[request.id] = sequence
+        self._sequences[sequence.id] = added
 
     def cancel(self, sequence_id: str) -> None:
         """Forget a sequence and free its pages at once. Unknown ids are ignored; no output follows."""

@@ -6,13 +6,13 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from springtide.core.errors import SetupError
+from springtide.core.store import ModelFiles
 from springtide.engine.attention.base import AttentionBackend
 from springtide.engine.attention.registry import choose_attention
 from springtide.engine.config import EngineConfig
@@ -20,10 +20,7 @@ from springtide.engine.inputs import ForwardInputs
 from springtide.engine.kv import PAGE_SIZE, PagePool, PageTable, block_bytes
 from springtide.engine.machine import available_memory, usable_cores
 from springtide.engine.models.config import ModelConfig
-from springtide.engine.models.registry import Model, load_model
-
-if TYPE_CHECKING:
-    from springtide.core.store import ModelFiles
+from springtide.engine.models.registry import Model, load_model, weight_bytes
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +97,14 @@ def load_runner(files: ModelFiles, config: EngineConfig) -> ModelRunner:
     threads = config.threads or usable_cores()
     torch.set_num_threads(threads)
     dtype = resolve_dtype(config.dtype)
+    available, weights = available_memory(), weight_bytes(files, dtype)
+    if weights > available:
+        raise SetupError(
+            f"the model needs {_megabytes(weights)} in {dtype}, but only {_megabytes(available)} are free",
+            hint="take a smaller model, or dtype=bfloat16",
+        )
     model, model_config = load_model(files, dtype, torch.device("cpu"))
-    num_blocks = plan_num_blocks(config, model_config, dtype, available_memory())
+    num_blocks = plan_num_blocks(config, model_config, dtype, weights=weights, available=available)
     pool = PagePool(num_blocks, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype)
     attention = choose_attention(config.attention, model_config, dtype)
     return ModelRunner(model, attention, pool, max_num_seqs=config.max_num_seqs, threads=threads)
@@ -133,8 +136,11 @@ def resolve_context_length(config: EngineConfig, model: ModelConfig, num_blocks:
     return min(wanted, room)
 
 
-def plan_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, available: int) -> int:
-    """Blocks of KV memory: as asked for, or a share of the `available` bytes, at most what all seats can use.
+def plan_num_blocks(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, *, weights: int, available: int
+) -> int:
+    """Blocks of KV memory: as asked for, or a share of what is free beside the weights, at most what all seats can
+    use. `weights` and `available` (without the model loaded) in bytes.
 
     Raises:
         SetupError: it does not fit.
@@ -144,13 +150,17 @@ def plan_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
     useful = config.max_num_seqs * -(-context // PAGE_SIZE)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
-    elif config.kv_memory is not None:
-        num_blocks = min(config.kv_memory // size, useful)
     else:
-        num_blocks = min(int(available * _KV_SHARE) // size, useful)
-    if num_blocks < 1 or num_blocks * size > available:
+        memory = config.kv_memory if config.kv_memory is not None else int((available - weights) * _KV_SHARE)
+        num_blocks = min(memory // size, useful)
+    if num_blocks < 1:
         raise SetupError(
-            f"the KV memory needs {_megabytes(max(num_blocks, 1) * size)}, but beside the model only "
+            f"the KV memory may take {_megabytes(memory)}, but 16 tokens take {_megabytes(size)}",
+            hint="raise kv_memory, or take a smaller model",
+        )
+    if weights + num_blocks * size > available:
+        raise SetupError(
+            f"the model needs {_megabytes(weights)} and its KV memory {_megabytes(num_blocks * size)}, but only "
             f"{_megabytes(available)} are free",
             hint="lower num_blocks or kv_memory, or take a smaller model",
         )
@@ -158,4 +168,4 @@ def plan_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e6:,.1f} MB"

@@ -45,8 +45,10 @@ def score_rows(logits, rows, num_top):
         _exponentiate(row, peak, 1.0, exponentials)
         normalisers[i] = peak + math.log(_sum(exponentials))
         if num_top > 0:
-            ids = np.sort(_top_k(row, np.arange(len(row)), peak, num_top))
-            top_ids[i] = ids[np.argsort(-row[ids], kind="mergesort")]
+            ids = _top_k(row, np.arange(len(row)), peak, num_top)
+            order = np.argsort(-row[ids], kind="mergesort")
+            for rank in range(num_top):
+                top_ids[i, rank] = ids[order[rank]]
     return normalisers, top_ids
 
 
@@ -142,7 +144,7 @@ def _maximum(values):
 @njit
 def _top_k(scores, ids, peak, k):
     """The k of `ids` (ascending) with the highest scores."""
-    return _cut(scores, ids, np.ones(len(ids), dtype=np.float32), peak, _BUCKETS_PER_UNIT, k)
+    return _cut(scores, ids, np.ones(len(ids), dtype=np.float32), peak, _BUCKETS_PER_UNIT, float(k))
 
 
 @njit
@@ -155,7 +157,8 @@ def _nucleus(scores, ids, peak, temperature, top_p):
 
 @njit
 def _cut(scores, ids, weights, peak, buckets_per_unit, wanted):
-    """The fewest of `ids`, highest scores first, whose weights reach `wanted`; of equals, those first in `ids`."""
+    """The fewest of `ids`, highest scores first, whose weights reach `wanted`; of equals, those first in `ids`. In
+    the result, equals keep their order."""
     buckets = np.empty(len(ids), dtype=np.int64)
     masses = np.zeros(_BUCKETS)
     for i in range(len(ids)):

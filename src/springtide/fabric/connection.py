@@ -172,8 +172,7 @@ class Fabric:
         await create_buckets_and_streams(self)
         if not self._prepared:
             self._prepared = True
-            # First of all: what other callbacks read must be there.
-            self._on_reconnect.insert(0, lambda: create_buckets_and_streams(self))
+            self.on_reconnect(lambda: create_buckets_and_streams(self))
 
     async def publish(self, subject: str, data: bytes, *, headers: dict[str, str] | None = None) -> bool:
         """Hand a message to the connection; false (counted) if there is none and no room to keep it.
@@ -239,6 +238,7 @@ class Fabric:
         """
         if isinstance(self._source, Path):
             self._credentials = Credentials.load(self._source)
+        self._last_error = None
         refused = asyncio.Event()
         deadline = asyncio.get_running_loop().time() + timeout
         while not refused.is_set() and (left := deadline - asyncio.get_running_loop().time()) > 0:
@@ -331,18 +331,23 @@ class Fabric:
             return
         self._client = client
         self.counters["reopened"] += 1
-        for subscription in list(self._subscriptions):
-            await subscription._attach(client)
+        try:
+            for subscription in list(self._subscriptions):
+                await subscription._attach(client)
+        except nats.errors.Error:
+            return  # closed again: the next client takes over
         await self._tell_reconnected()
 
     async def _tell_reconnected(self) -> None:
         self._reported.clear()
-        for callback in list(self._on_reconnect):
-            try:
-                await callback()
-            except Exception:
-                log.exception("%s: what should follow a reconnect failed", self._name)
-                self.counters["errors"] += 1
+        await asyncio.gather(*(self._call_reconnected(callback) for callback in self._on_reconnect))
+
+    async def _call_reconnected(self, callback: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await callback()
+        except Exception:
+            log.exception("%s: what should follow a reconnect failed", self._name)
+            self.counters["errors"] += 1
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -352,7 +357,8 @@ class Fabric:
     # Errors.
 
     def _note_error(self, error: Exception) -> None:
-        self._last_error = error
+        if self._last_error is None or not _is_final(self._last_error):  # what follows a refusal says less
+            self._last_error = error
         text = str(error)
         if isinstance(error, nats.errors.SlowConsumerError):
             self.counters["slow_consumers"] += 1
@@ -388,11 +394,11 @@ async def _close(client: Client) -> None:
     """Close, also where the server is gone and nats-py fails to say goodbye to it."""
     try:
         await client.close()
-    except (OSError, nats.errors.Error):
+    except (OSError, RuntimeError, nats.errors.Error):  # uvloop says RuntimeError of a transport that is closed
         pass
 
 
-def _is_final(error: Exception) -> bool:
+def _is_final(error: BaseException) -> bool:
     """Whether trying again at once can't help."""
     return isinstance(error, ssl.SSLCertVerificationError) or "authorization violation" in str(error).lower()
 

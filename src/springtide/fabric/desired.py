@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import msgspec
+import nats.errors
 from nats.aio.msg import Msg
 
 from springtide.core import wire
@@ -20,12 +21,13 @@ from springtide.core.errors import SetupError
 from springtide.fabric import subjects
 from springtide.fabric.connection import Fabric, Subscription
 from springtide.fabric.kv import Bucket, Unavailable
-from springtide.fabric.tasks import end, sleep_until
+from springtide.fabric.tasks import call_all, end, sleep_until
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_FIRST_LOOK_S = 0.25  # until a controller answers
 _LOOK_EVERY_S = 2.0
 _ATTEMPTS = 5
 
@@ -38,16 +40,19 @@ class NodeIntent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DesiredWriter:
-    """The controller's side."""
+    """The controller's side. From its first use on it also answers nodes that ask for their state."""
 
     def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
         self._bucket = Bucket(fabric, subjects.DESIRED)
+        self._answering = False
 
     async def put(self, state: DesiredState) -> None:
         """
         Raises:
             SetupError: the fabric's store can't be reached.
         """
+        await self._answer_nodes()
         await _retry(lambda: self._bucket.put(subjects.check_token("node", state.node), wire.pack(state)))
 
     async def get(self, node: str) -> DesiredState | None:
@@ -55,8 +60,23 @@ class DesiredWriter:
         Raises:
             SetupError: the fabric's store can't be reached.
         """
+        await self._answer_nodes()
         entry = await _retry(lambda: self._bucket.get(subjects.check_token("node", node)))
         return None if entry is None or entry.value is None else _decode_state(node, entry.value)
+
+    async def _answer_nodes(self) -> None:
+        if not self._answering:
+            self._answering = True
+            await self._fabric.subscribe(subjects.desired_subject("*"), self._on_question, queue="desired")
+
+    async def _on_question(self, message: Msg) -> None:
+        """Answer to the node's own inbox only: our permissions are wider than its. Empty: nothing is desired."""
+        node = message.subject.split(".")[2]
+        if not message.reply.startswith(f"{subjects.node_inbox(node)}."):
+            return
+        with contextlib.suppress(Unavailable):  # it asks again
+            entry = await self._bucket.get(node)
+            await self._fabric.publish(message.reply, entry.value or b"" if entry is not None else b"")
 
 
 class DesiredReader:
@@ -69,7 +89,6 @@ class DesiredReader:
         self._fabric = fabric
         self._node = subjects.check_token("node", node)
         self._on_state = on_state
-        self._bucket = Bucket(fabric, subjects.DESIRED)
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
@@ -98,12 +117,14 @@ class DesiredReader:
             self._apply(state)
 
     async def _run(self) -> None:
+        wait = _FIRST_LOOK_S
         while True:
-            with contextlib.suppress(Unavailable):
-                entry = await self._bucket.get(self._node)
-                if entry is not None and entry.value is not None:
-                    self._compare(entry.value)
-            await sleep_until(self._look, _LOOK_EVERY_S)
+            with contextlib.suppress(nats.errors.Error):  # no controller yet, or no connection
+                answer = await self._fabric.request(subjects.desired_subject(self._node))
+                wait = _LOOK_EVERY_S
+                if answer.data:
+                    self._compare(answer.data)
+            await sleep_until(self._look, wait)
 
     def _compare(self, stored: bytes) -> None:
         """Take what the store holds. An older revision may just be an answer that was overtaken; seen twice it
@@ -124,7 +145,7 @@ class DesiredReader:
 
     def _apply(self, state: DesiredState) -> None:
         self._last, self._older = state, None
-        self._on_state(state)
+        call_all([lambda: self._on_state(state)])
 
 
 class Registry(Generic[T]):
@@ -200,8 +221,7 @@ class Registry(Generic[T]):
 
     def _poke(self) -> None:
         self._poking = None
-        for callback in list(self._pokes):
-            callback()
+        call_all(self._pokes)
 
     def _decode(self, key: str, data: bytes) -> T | None:
         try:

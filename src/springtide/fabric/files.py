@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -48,7 +49,8 @@ def write_private(path: Path, data: bytes, *, replace: bool = True) -> bool:
     except OSError as error:
         raise SetupError(f"can't write {path}: {error.strerror}", hint="is the data dir writable?") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _sync_directory(path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -19,7 +20,7 @@ from springtide.core import wire
 from springtide.fabric import subjects
 from springtide.fabric.connection import Fabric, Subscription
 from springtide.fabric.kv import Bucket, Conflict, Entry, Unavailable
-from springtide.fabric.tasks import end, sleep_until
+from springtide.fabric.tasks import call_all, end, sleep_until
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Leadership:
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self._look = asyncio.Event()
-        self._now = asyncio.get_event_loop().time
+        self._now = time.monotonic
         self._revision = 0  # of the lease as last seen
         self._seen_at = 0.0  # when it was first seen so
         self._leads_until = 0.0
@@ -127,8 +128,7 @@ class Leadership:
         self._leads = leads
         self._seen_at = self._now()
         log.info("%s %s of %s", self._me, "is leader" if leads else "is no longer leader", self.name)
-        for callback in self._callbacks:
-            callback()
+        call_all(self._callbacks)
 
 
 def _holder(entry: Entry) -> str:

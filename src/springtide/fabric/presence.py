@@ -27,7 +27,7 @@ from springtide.fabric import subjects
 from springtide.fabric.connection import Fabric, Subscription
 from springtide.fabric.credentials import Credentials
 from springtide.fabric.kv import Bucket, Entry, Unavailable
-from springtide.fabric.tasks import end, sleep_until
+from springtide.fabric.tasks import call_all, end, sleep_until
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,10 @@ class Heart:
     async def _run(self) -> None:
         while True:
             await sleep_until(self._now, self._every)
-            await self._beat()
+            try:
+                await self._beat()
+            except Exception:
+                log.exception("a heartbeat failed")
             await asyncio.sleep(_LEAST_GAP_S)
 
     async def _beat(self) -> None:
@@ -263,8 +266,7 @@ class PresenceView:
 
     def _changed(self) -> None:
         self._lists = None
-        for callback in self._callbacks:
-            callback()
+        call_all(self._callbacks)
 
 
 class DisconnectWatch:

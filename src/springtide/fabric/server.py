@@ -28,6 +28,7 @@ from springtide.fabric.files import private_directory, write_private
 MAX_PAYLOAD = 8 * 2**20  # bytes in one message
 OLDEST_VERSION = (2, 11)  # batched direct gets of JetStream
 _MAX_LOG = 16 * 2**20
+_PORT_PATIENCE_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -71,7 +72,7 @@ class NatsServer:
         self._lock: IO[bytes] | None = None
 
     def start(self, timeout: float = 10.0) -> None:
-        """Start and wait until it takes connections.
+        """Start and wait until it takes connections; again, if it has died since.
 
         Raises:
             SetupError: no binary, too old a one, the port is in use, the directory is in use or not writable,
@@ -94,8 +95,9 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        """Where processes of this machine connect; others use `tls://`, see `node_url`."""
-        return f"nats://{self._loopback_host()}:{self.port}"
+        """Where processes of this machine connect: plainly over loopback, if the server listens there."""
+        host = self._loopback_host()
+        return f"{'nats' if is_loopback(host) else 'tls'}://{host}:{self.port}"
 
     def node_url(self, host: str = "") -> str:
         """Where other machines connect: `host` is what they call this one."""
@@ -139,6 +141,8 @@ class NatsServer:
 
     def _lock_directory(self) -> None:
         """Two servers on one JetStream store would ruin it."""
+        if self._lock is not None:  # the server that held it died under us
+            return
         lock = open(self.directory / "lock", "wb")  # noqa: SIM115  held until the server ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,9 +159,9 @@ class NatsServer:
         except (OSError, ValueError):
             return 0
 
-    def _wait_for_free(self, port: int, patience: float = 2.0) -> None:
+    def _wait_for_free(self, port: int) -> None:
         """A predecessor that was just killed may hold the port for a moment."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + _PORT_PATIENCE_S
         while not _is_free(self.host, port):
             if time.monotonic() > deadline:
                 hint = "stop what listens there, or choose another one with fabric_port"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 
 import msgspec
@@ -167,7 +168,7 @@ class StreamHub:
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self._urgent = asyncio.Event()
-        self._now = asyncio.get_event_loop().time
+        self._now = time.monotonic
         self._node_at = len(subjects.frames_subject(gateway_id, ""))
         self.counters: Counter[str] = Counter()
 
@@ -204,7 +205,11 @@ class StreamHub:
         self._streams[key] = stream
         self._peer(node, replica).streams[key] = stream
         self.counters["opened"] += 1
-        await self._send_parts(stream)
+        try:
+            await self._send_parts(stream)
+        except BaseException:
+            stream.cancel()
+            raise
         return stream
 
     async def _send_parts(self, stream: ClientStream) -> None:
@@ -279,7 +284,7 @@ class StreamHub:
         """Somebody still works for a stream that is over: an attempt that was given up, a cancel that was lost.
         Tell it (again) that nobody listens."""
         self.counters["stale"] += 1
-        self._cancel_at(self._peer(node, replica), key, tries=1)
+        self._cancel_later(self._peer(node, replica), key, tries=1)
 
     def _on_answer(self, stream: ClientStream, state: str, now: float) -> None:
         if state == "alive":
@@ -328,13 +333,14 @@ class StreamHub:
         self._streams.pop(stream.key, None)
         peer.streams.pop(stream.key, None)
         peer.asks.discard(stream.key)
-        self._cancel_at(peer, stream.key, tries=_CANCEL_TRIES)
+        self._cancel_later(peer, stream.key, tries=_CANCEL_TRIES)
+        peer.urgent = True
+        self._urgent.set()
 
-    def _cancel_at(self, peer: _Peer, key: StreamKey, *, tries: int) -> None:
+    def _cancel_later(self, peer: _Peer, key: StreamKey, *, tries: int) -> None:
+        """With the next message to this replica; again each second until it confirms."""
         if key not in peer.cancels and len(peer.cancels) < _MAX_CANCELLING:
             peer.cancels[key] = (tries, 0.0)
-            peer.urgent = True
-            self._urgent.set()
 
     async def _run(self) -> None:
         while True:

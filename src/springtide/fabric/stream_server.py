@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
@@ -135,7 +136,7 @@ class StreamServer:
         self._sending = asyncio.Lock()
         self._subscriptions: list[Subscription] = []
         self._task: asyncio.Task[None] | None = None
-        self._now = asyncio.get_event_loop().time
+        self._now = time.monotonic
         self.counters: Counter[str] = Counter()
 
     async def start(self) -> None:

@@ -7,6 +7,7 @@ wildcard: `check_token` stands at each door.
     st.node.<node>.replica.<replica>.control   gateway -> replica: acknowledgements, replays, cancels, life-sign
     st.gateway.<gateway>.frames.<node>         replica -> gateway: frames
     st.node.<node>.renew                       node -> join server: renew my credentials
+    st.node.<node>.desired                     node -> controller: what should I run?
     st.join.<token>                            newcomer -> join server: make me a node
     st.presence.gone                           the NATS server cut a connection (see presence)
     st.usage                                   gateway -> USAGE stream
@@ -65,6 +66,10 @@ def renew_subject(node: str) -> str:
     return f"st.node.{node}.renew"
 
 
+def desired_subject(node: str) -> str:
+    return f"st.node.{node}.desired"
+
+
 def join_subject(token_id: str) -> str:
     return f"st.join.{token_id}"
 
@@ -96,13 +101,13 @@ def join_inbox(token_id: str) -> str:
 
 
 def node_may_publish(node: str) -> list[str]:
-    """A node speaks for itself and for nobody else."""
+    """A node speaks for itself and for nobody else. Nothing of JetStream is among it: JetStream answers to any
+    subject that the asker names, so a node that may ask could have it write into another's key."""
     return [
         f"st.node.{node}.>",
         frames_subject("*", node),
         bucket_subject(PRESENCE, f"node.{node}"),
         bucket_subject(PRESENCE, f"replica.{node}.>"),
-        direct_get_subject(DESIRED, node),
     ]
 
 

@@ -1,10 +1,14 @@
-"""Two small things that background tasks need. `asyncio.wait_for` before Python 3.12 loses a cancel that comes in
-the moment of its success, and nats-py is built on it: so neither is done in the obvious way."""
+"""What background tasks need. `asyncio.wait_for` before Python 3.12 loses a cancel that comes in the moment of its
+success, and nats-py is built on it: so sleeping and ending are not done in the obvious way."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 async def sleep_until(event: asyncio.Event, seconds: float) -> None:
@@ -22,3 +26,12 @@ async def end(task: asyncio.Task[Any] | None) -> None:
     while task is not None and not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=0.5)
+
+
+def call_all(callbacks: Iterable[Callable[[], None]]) -> None:
+    """Call each; one that fails is logged, and keeps neither the others nor the caller from going on."""
+    for callback in list(callbacks):
+        try:
+            callback()
+        except Exception:
+            log.exception("a callback of the fabric failed")

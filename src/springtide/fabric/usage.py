@@ -218,7 +218,7 @@ class UsageReader:
         if self._source is None or self._client is not self._fabric.nc:
             self._client = self._fabric.nc
             config = ConsumerConfig(
-                durable_name=self._durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=10_000
+                durable_name=self._durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=5, max_ack_pending=10_000
             )
             js = self._client.jetstream(timeout=1.0)
             self._source = await js.pull_subscribe(

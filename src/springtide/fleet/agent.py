@@ -97,10 +97,12 @@ class Agent:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for _, task in self._stopping.values():
-            task.cancel()  # those that still drain are hurried like the others
         supervisors = [supervisor for _, supervisor in self._running.values()]
         supervisors += [supervisor for supervisor, _ in self._stopping.values()]
+        draining = [task for _, task in self._stopping.values()]  # to be hurried like the others
+        for task in draining:
+            task.cancel()
+        await asyncio.gather(*draining, return_exceptions=True)
         await asyncio.gather(*(supervisor.stop(_STOP_GRACE) for supervisor in supervisors))
         for announcer in self._refused.values():
             await announcer.stop()
@@ -164,10 +166,12 @@ class Agent:
         del self._running[id]
 
         async def stop() -> None:
-            await supervisor.stop(DRAIN_GRACE)
-            (self._data_dir / "progress" / f"{id}.json").unlink(missing_ok=True)
-            del self._stopping[id]
-            self._changed.set()
+            try:
+                await supervisor.stop(DRAIN_GRACE)
+                (self._data_dir / "progress" / f"{id}.json").unlink(missing_ok=True)
+            finally:
+                del self._stopping[id]
+                self._changed.set()
 
         self._stopping[id] = supervisor, asyncio.get_running_loop().create_task(stop())
 
@@ -176,8 +180,11 @@ class Agent:
         for id in self._refused.keys() - {replica.id for replica in replicas}:
             await self._refused.pop(id).stop()
         for desired in replicas:
-            if desired.id in self._refused or not _REPLICA_ID.fullmatch(desired.id):
-                continue  # what has no proper name can't be spoken of; the log has it
+            if desired.id in self._refused:
+                continue
+            logger.error("refusing replica %r with engine %r", desired.id, desired.engine)
+            if not _REPLICA_ID.fullmatch(desired.id):
+                continue  # what has no proper name can't be spoken of on the fabric
             error = f"this node runs no engine {desired.engine!r}, only {', '.join(sorted(ALLOWED_ENGINES))}"
             description = describe(desired, self.node, self._settings)
             announcer = Announcer(self._fabric, msgspec.structs.replace(description, state="failed", error=error))

@@ -129,9 +129,15 @@ class Answer:
     told: bool = False
 
     def begin(self, prompts: list[Prompt], tokenizer: TokenizerLike) -> None:
-        """Make the choices: `n` for each prompt."""
+        """Make the choices: `n` for each prompt.
+
+        Raises:
+            InvalidRequest: what it resumes from does not fit together.
+        """
         request, n = self.request, self.request.sampling.n
         prior = {output.choice: output for output in request.outputs}
+        choices: list[Choice] = []
+        deltas: list[Delta] = []
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         for number in range(request.num_choices):
             prompt = prompts[number // n]
@@ -147,8 +153,9 @@ class Answer:
             )
             continues = request.prompts is not None  # an answer begins a text of its own
             choice = Choice(sequence, tokenizer, before, echo=prompt.echo, continues=continues)
-            self.choices.append(choice)
-            self.deltas += choice.begin()
+            choices.append(choice)
+            deltas += choice.begin()
+        self.choices, self.deltas = choices, deltas
 
     @property
     def running(self) -> list[Choice]:

@@ -46,7 +46,7 @@ class MockTokenizer:
             return bytes((id,))
         return _SPECIAL_BYTES.get(id) or word(id).encode()
 
-    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], *, now: float | None = None) -> list[int]:
         """Every message as a turn, then the beginning of the answer's. Content is bytes, so it can't hold marks."""
         ids: list[int] = []
         for message in messages:

@@ -52,7 +52,7 @@ def _tokenize(request: Request, tokenizer: TokenizerLike, info: EngineInfo) -> I
     if request.messages is not None:
         if not request.messages:
             raise InvalidRequest("messages is empty", param="messages")
-        yield tokenizer.render_chat(request.messages), ""
+        yield tokenizer.render_chat(request.messages, now=request.created), ""
         return
     if not request.prompts:
         raise InvalidRequest("the prompt is empty", param="prompt")

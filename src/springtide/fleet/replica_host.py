@@ -28,18 +28,20 @@ logger = logging.getLogger(__name__)
 
 _MAX_WAITING_PER_SEAT = 8  # sequences that may wait, for each that may run; then others should have them
 _MAX_INLINE_BYTES = 2048  # shorter texts are not worth the way to another thread and back
-_SLOW_INLINE_S = 0.02  # a template that once took longer is never again rendered in the event loop
+_SLOW_INLINE_S = 0.05  # a template that once took longer is never again rendered in the event loop
 
 
 class ReplicaHost:
     """Serves one engine under the name that `announcer` announces.
 
-    `died` is set, and every open request has ended, when the engine's thread is no more; the process should end.
+    `died` is set, and every open request has ended, when the engine's thread is no more; the process should end,
+    with `epitaph` for a reason.
     """
 
     def __init__(self, fabric: Fabric, announcer: Announcer, engine: Engine, tokenizer: TokenizerLike) -> None:
         replica = announcer.replica
         self.died = asyncio.Event()
+        self.epitaph = ""
         self._announcer = announcer
         self._info = engine.info
         self._tokenizer = tokenizer
@@ -200,8 +202,9 @@ class ReplicaHost:
 
     def _on_death(self, error: BaseException) -> None:
         self._refuse_from_now("the engine of this replica has failed")
-        self._fail_all(f"the engine has failed: {type(error).__name__}: {error}")
-        self._announcer.update(state="failed", error=f"the engine has failed: {error}")
+        self.epitaph = f"the engine has failed: {type(error).__name__}: {error}"
+        self._fail_all(self.epitaph)
+        self._announcer.update(state="failed", error=self.epitaph)
         self.died.set()
 
     # -- ending --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import concurrent.futures
 import logging
+import os
 import signal
 import sys
 import threading
@@ -81,7 +82,7 @@ async def _serve(
     try:
         died = asyncio.ensure_future(host.died.wait())
         if await _first(died, stop):
-            raise SpringtideError("the engine has failed", hint="the reason stands above, in this log")
+            raise SpringtideError(host.epitaph)
         logger.info("stopping: finishing what runs, at most %.0f s", grace)
         draining = asyncio.ensure_future(host.drain(grace))
         await _first(draining, at_once)
@@ -136,6 +137,7 @@ def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
+        future.set_running_or_notify_cancel()  # from here on it can't be cancelled, only left behind
         try:
             future.set_result(function())
         except BaseException as error:
@@ -216,4 +218,7 @@ async def _until_signal(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # all is closed; the interpreter would take a second or two to take the model apart

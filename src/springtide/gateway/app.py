@@ -170,7 +170,7 @@ class GatewayApp:
             error.code or error.type,
         )
         await exchange.respond_error(error)
-        await exchange.linger(self._settings.max_body_bytes)
+        await exchange.linger(2 * self._settings.max_body_bytes)
 
     async def _list_models(self, exchange: Exchange) -> None:
         self._authenticate(exchange)
@@ -200,6 +200,7 @@ class GatewayApp:
         yield metrics.gauge("body_bytes_held", "Bytes of request bodies held", self._budget.held)
         yield metrics.gauges("requests_queued", "Requests that wait for a replica", self._dispatcher.waiting())
         yield metrics.counter("attempts_lost", "Attempts whose replica was lost", self._dispatcher.attempts_lost)
+        yield metrics.counters("stream_events", "What request streams went through", self._hub.counters)
         yield from metrics.replica_metrics(self._presence.replicas())
 
     def _authenticate(self, exchange: Exchange) -> KeyRecord:
@@ -209,8 +210,7 @@ class GatewayApp:
     # Completions.
 
     async def _complete(self, exchange: Exchange, parse: Parse) -> None:
-        if self._stopping:
-            raise Overloaded("this gateway is stopping", retry_after=1.0)
+        self._check_open()
         key = self._authenticate(exchange)
         created = time.time()
         timeout = read_timeout_header(exchange.header(b"x-springtide-timeout"))
@@ -223,9 +223,14 @@ class GatewayApp:
             )
             call = parse(await self._read_body(exchange), admission)
             self._models.check(call.request.model)
+            self._check_open()  # once more: reading the body may have taken a while
             await self._relay(exchange, call, key)
         finally:
             exchange.release(self._budget)
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise Overloaded("this gateway is stopping", retry_after=1.0)
 
     async def _read_body(self, exchange: Exchange) -> bytes:
         limits = self._limits

@@ -31,6 +31,10 @@ _FIRST_BACKOFF_S = 0.05
 _LONGEST_BACKOFF_S = 2.0
 
 
+class _Garbled(Exception):
+    """A replica said what can't be an answer to this request."""
+
+
 class ReplicaKey(NamedTuple):
     node: str
     replica: str
@@ -44,11 +48,16 @@ class Transcript:
         self._token_ids: list[list[int]] = [[] for _ in range(choices)]
 
     def add(self, frames: list[Frame]) -> None:
+        """Raises _Garbled: a choice that was not asked for."""
         texts, token_ids = self._texts, self._token_ids
+        choices = len(texts)
         for frame in frames:
             for delta in frame.deltas:
-                texts[delta.choice].append(delta.text)
-                token_ids[delta.choice] += delta.token_ids
+                choice = delta.choice
+                if not 0 <= choice < choices:
+                    raise _Garbled(f"the replica speaks of choice {choice} of {choices}")
+                texts[choice].append(delta.text)
+                token_ids[choice] += delta.token_ids
 
     @property
     def tokens(self) -> int:
@@ -97,7 +106,7 @@ class Dispatcher:
         self._failed_at: dict[ReplicaKey, float] = {}
         self._silence_counts = silence_counts
         self._running: defaultdict[ReplicaKey, set[Dispatch]] = defaultdict(set)
-        self._seen_started: dict[ReplicaKey, float] = {}  # the living replicas, as last looked at
+        self._seen_started = self._alive()  # as last looked at
         presence.on_change(self._presence_changed)
 
     def dispatch(self, request: Request) -> Dispatch:
@@ -202,8 +211,7 @@ class Dispatcher:
 
     def _presence_changed(self) -> None:
         self._by_model = None
-        before = self._seen_started
-        now = {ReplicaKey(r.node, r.id): r.started for replicas in self._models().values() for r in replicas}
+        before, now = self._seen_started, self._alive()
         self._seen_started = now
         for key in [key for key in self._failed_at if key not in now]:
             del self._failed_at[key]
@@ -231,6 +239,10 @@ class Dispatcher:
         for dispatch in list(self._running.get(key, ())):
             if which(dispatch):
                 dispatch.lose(reason)
+
+    def _alive(self) -> dict[ReplicaKey, float]:
+        """When each living replica was started."""
+        return {ReplicaKey(r.node, r.id): r.started for replicas in self._models().values() for r in replicas}
 
     def _models(self) -> dict[str, list[Replica]]:
         if self._by_model is None:
@@ -277,14 +289,18 @@ class Dispatch:
             self._accepted = True
             end = frames[-1].end
             if end is not None and not self.delivered and _should_go_elsewhere(end):
-                self._close("failed", end.counts)
+                self._give_up_attempt(end.counts)
                 await self._back_off()
                 continue
-            self.transcript.add(frames)
+            if end is not None and end.outcome == "cancelled":  # not by us: its host stopped it
+                await self._recover("the replica stopped it")
+                continue
+            try:
+                self.transcript.add(frames)
+            except _Garbled as garbled:
+                await self._recover(str(garbled))
+                continue
             if end is not None:
-                if end.outcome == "cancelled":  # not by us: its host stopped it
-                    await self._recover("the replica stopped it")
-                    continue
                 self._close(end.outcome, end.counts)
                 return frames
             if any(frame.deltas for frame in frames):
@@ -319,13 +335,20 @@ class Dispatch:
         assert self.replica is not None
         log.warning("request %s: attempt %d lost: %s", self.request.id, len(self.attempts) + 1, reason)
         self._dispatcher.attempts_lost += 1
-        self._lost += self._accepted
-        self._close("failed", TokenCounts(completion=self.transcript.tokens))
+        if self._accepted:
+            self._lost += 1
+        self._give_up_attempt(TokenCounts(completion=self.transcript.tokens))
         if self.delivered:
             raise ReplicaLost(f"the replica was lost in the middle of the answer: {reason}", hint="send it again")
         if self._lost >= MAX_LOST:
             raise ReplicaLost(f"{self._lost} replicas were lost while they ran this request")
         await self._back_off()
+
+    def _give_up_attempt(self, counts: TokenCounts) -> None:
+        """It failed for the replica's reasons, not the request's: others are better choices for a while."""
+        assert self.replica is not None
+        self._dispatcher.failed(self.replica)
+        self._close("failed", counts)
 
     async def _back_off(self) -> None:
         longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(len(self.attempts), 10))
@@ -349,8 +372,6 @@ class Dispatch:
             )
         )
         stream.cancel()
-        if outcome == "failed":
-            self._dispatcher.failed(self.replica)
         self._dispatcher.unfollow(self.replica, self)
         self._dispatcher.leave(self.replica, self.request)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from springtide.core.cluster import KeyRecord
 from springtide.core.errors import Overloaded, SetupError, Unauthorized
 from springtide.fabric.desired import Registry
+from springtide.fabric.tasks import sleep_until
 from springtide.ledger.keys import hash_key
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,7 @@ class KeyView:
 
     async def _follow(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _READ_EVERY_S)
-            self._changed.clear()
+            await sleep_until(self._changed, _READ_EVERY_S)
             if not await self._read():
                 self._changed.set()
                 await asyncio.sleep(_AGAIN_S)

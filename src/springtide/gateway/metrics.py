@@ -129,5 +129,13 @@ def gauges(name: str, help: str, values: Mapping[str, float], label: str = "mode
     return family
 
 
+def counters(name: str, help: str, values: Mapping[str, float], label: str = "event") -> Metric:
+    """One counter with a value for each value of a label."""
+    family = CounterMetricFamily(f"springtide_{name}", help, labels=(label,))
+    for key, value in values.items():
+        family.add_metric((key,), value)
+    return family
+
+
 def counter(name: str, help: str, value: float) -> Metric:
     return CounterMetricFamily(f"springtide_{name}", help, value=value)

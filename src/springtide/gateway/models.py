@@ -5,7 +5,6 @@ restarting exists, and its requests wait.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from springtide.core.cluster import Deployment, Replica
 from springtide.core.errors import ModelNotFound, SetupError
 from springtide.fabric.desired import Registry
+from springtide.fabric.tasks import sleep_until
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ class Models:
 
     async def _follow(self) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _READ_EVERY_S)
-            self._changed.clear()
+            await sleep_until(self._changed, _READ_EVERY_S)
             await self._read()
 
     async def _read(self) -> None:

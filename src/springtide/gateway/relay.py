@@ -26,6 +26,8 @@ from springtide.gateway.openai import Call
 
 log = logging.getLogger(__name__)
 
+_LEFT_EARLY = 499  # in the log only, as nginx has it: the client did not wait for a status
+
 
 class UsageSink(Protocol):
     async def record(self, usage: Usage) -> None:
@@ -279,7 +281,7 @@ class Relay:
             usage.request_id,
             usage.model,
             usage.tenant,
-            self._exchange.status,
+            self._exchange.status or _LEFT_EARLY,
             usage.outcome,
             error.code or error.type if error is not None else "-",
             usage.prompt_tokens,

@@ -22,7 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from springtide.core.config import Settings
 from springtide.core.errors import SetupError
 
-LOCK_WAIT_S = 20.0
+_LOCK_WAIT_S = 20.0
+_ANSWER_WAIT_S = 60.0
 _MIGRATION_LOCK = 0x5370_7269_6E67_7469  # "Springti" in ASCII: a number that is ours, for pg_advisory_xact_lock
 # What migrations import from Alembic (`op`, `context`) is one for the whole process: one migration at a time.
 _alembic = threading.Lock()
@@ -130,7 +131,7 @@ class Database:
         wait for another process that is doing the same.
         """
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + LOCK_WAIT_S
+        give_up = loop.time() + _LOCK_WAIT_S
         while True:
             try:
                 async with self._engine.connect() as connection:
@@ -161,11 +162,13 @@ def _target(url: str) -> URL:
 
 def _engine(target: URL) -> AsyncEngine:
     if target.drivername == "postgresql+asyncpg":
-        # A connection may have died with a restarted server: ask before use.
-        return create_async_engine(target, pool_pre_ping=True, connect_args={"timeout": LOCK_WAIT_S})
+        # A connection may have died with a restarted server: ask before use. One to a server that vanished would
+        # be silent for a quarter of an hour.
+        patience = {"timeout": _LOCK_WAIT_S, "command_timeout": _ANSWER_WAIT_S}
+        return create_async_engine(target, pool_pre_ping=True, connect_args=patience)
     assert target.database is not None
     _make_private_file(Path(target.database))
-    engine = create_async_engine(target, connect_args={"timeout": LOCK_WAIT_S})
+    engine = create_async_engine(target, connect_args={"timeout": _LOCK_WAIT_S})
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine

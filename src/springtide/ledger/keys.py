@@ -18,6 +18,7 @@ from springtide.ledger.schema import api_keys, tenants
 
 DEFAULT_TENANT = "default"
 MAX_NAME = 200
+MAX_ROWS = 10_000
 
 
 class NotFound(InvalidRequest):
@@ -113,7 +114,7 @@ async def add_key(connection: AsyncConnection, plain: str, name: str, tenant: Te
 
 async def list_keys(connection: AsyncConnection, limit: int) -> list[ApiKey]:
     """The newest first."""
-    query = _select_keys().order_by(api_keys.c.created.desc(), api_keys.c.id.desc()).limit(limit)
+    query = _select_keys().order_by(api_keys.c.created.desc(), api_keys.c.id.desc()).limit(check_limit(limit))
     return [_api_key(row) for row in await connection.execute(query)]
 
 
@@ -144,6 +145,13 @@ async def keys_stamp(connection: AsyncConnection) -> tuple[Any, ...]:
 def check_name(what: str, name: str) -> None:
     if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
         raise InvalidRequest(f"{what} is 1 to {MAX_NAME} printable characters", param="name")
+
+
+def check_limit(limit: int) -> int:
+    """`limit`, if an answer may have so many rows. Raises InvalidRequest."""
+    if not 1 <= limit <= MAX_ROWS:
+        raise InvalidRequest(f"limit is {limit}; it must lie in [1, {MAX_ROWS}]", param="limit")
+    return limit
 
 
 def _select_keys(*conditions: ColumnElement[bool]) -> Any:

@@ -70,8 +70,8 @@ class Ledger:
         async with self._database.read() as connection:
             return await keys.get_key(connection, id)
 
-    async def list_keys(self, limit: int = usage.MAX_ROWS) -> list[ApiKey]:
-        """The newest `limit` keys, revoked ones too."""
+    async def list_keys(self, limit: int = keys.MAX_ROWS) -> list[ApiKey]:
+        """The newest `limit` keys, revoked ones too. Raises InvalidRequest: a limit out of [1, 10000]."""
         async with self._database.read() as connection:
             return await keys.list_keys(connection, limit)
 

@@ -15,13 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from springtide.core.errors import InvalidRequest
 from springtide.core.request import Attempt, Outcome, Usage
-from springtide.ledger.keys import NotFound
+from springtide.ledger.keys import NotFound, check_limit
 from springtide.ledger.schema import api_keys, attempts, refused_usage, tenants, usage, utc_day
 
 log = logging.getLogger(__name__)
 
 DIMENSIONS = ("tenant", "key", "model", "day")
-MAX_ROWS = 10_000
 _CHUNK = 200  # ids in one IN (...): older SQLite takes 999 parameters
 _MAX_TEXT = 500  # characters of a name; PostgreSQL can't index much longer ones
 _INT64 = 2**63
@@ -102,7 +101,7 @@ async def summarise(
         "day": utc_day(usage.c.created).label("day"),
     }
     group = [columns[name] for name in dict.fromkeys(by)]
-    query = _filtered(select(*group, *_sums()), wanted).group_by(*group).order_by(*group).limit(_bounded(limit))
+    query = _filtered(select(*group, *_sums()), wanted).group_by(*group).order_by(*group).limit(check_limit(limit))
     rows = [row._asdict() for row in await connection.execute(query)]
     await _add_names(connection, rows)
     return [UsageSummary(**row) for row in rows]
@@ -115,7 +114,7 @@ async def list_usage(connection: AsyncConnection, wanted: UsageFilter, limit: in
         at = (await _one_usage(connection, before)).created
         earlier = and_(usage.c.created == at, usage.c.request_id < before)
         query = query.where(or_(usage.c.created < at, earlier))
-    query = query.order_by(usage.c.created.desc(), usage.c.request_id.desc()).limit(_bounded(limit))
+    query = query.order_by(usage.c.created.desc(), usage.c.request_id.desc()).limit(check_limit(limit))
     return await _with_attempts(connection, (await connection.execute(query)).all())
 
 
@@ -198,12 +197,6 @@ def _filtered(query: Select[Any], wanted: UsageFilter) -> Select[Any]:
     if wanted.model is not None:
         query = query.where(usage.c.model == wanted.model)
     return query
-
-
-def _bounded(limit: int) -> int:
-    if not 1 <= limit <= MAX_ROWS:
-        raise InvalidRequest(f"limit is {limit}; it must lie in [1, {MAX_ROWS}]", param="limit")
-    return limit
 
 
 async def _add_names(connection: AsyncConnection, rows: Sequence[dict[str, Any]]) -> None:

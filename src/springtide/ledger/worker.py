@@ -24,9 +24,9 @@ from springtide.ledger.store import Ledger
 
 log = logging.getLogger(__name__)
 
-
 _MESSAGES = 64  # fetched at a time; each may hold many records
 _FETCH_S = 0.5
+_GATHER_S = 0.25
 _SLICE = 200  # records a transaction: a gateway's streams share this event loop, and must not wait long
 _LOOK_EVERY_S = 0.25
 _COMPARE_EVERY_S = 30.0
@@ -106,6 +106,8 @@ class LedgerWorker:
         self._batch = None
         self.recorded += new
         self.repeated += len(records) - new
+        if not self._stopping:  # a transaction costs the loop the same for one record as for many: let some gather
+            await asyncio.sleep(_GATHER_S)
 
     async def _publish_keys(self) -> None:
         now = asyncio.get_running_loop().time()

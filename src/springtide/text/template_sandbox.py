@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn
 
 import jinja2
@@ -29,6 +30,7 @@ from springtide.text.template_text import TemplateText, format_braces, format_pe
 BUDGET, NOW = "(budget)", "(now)"
 _EACH, _LITERAL, _MADE, _JOINED, _OUTPUT = "(each)", "(literal)", "(made)", "(joined)", "(output)"
 _MAX_INDENT = 64
+_MAX_SEPARATOR = 16
 _NAIVE_CHARACTERS_PER_BYTE = 8  # as long as making a byte takes, so many characters are compared
 
 
@@ -96,7 +98,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(function, "__self__", None)
         guarded = _GUARDED_METHODS.get(getattr(function, "__name__", "")) if isinstance(owner, str) else None
         if guarded is not None:
-            return budget.made(guarded(budget, owner, *args, **kwargs))
+            function = partial(guarded, budget, owner)
         return budget.made(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -261,11 +263,16 @@ def _tojson(
     """JSON as models are trained on it: not escaped for HTML, and text as it is."""
     if indent is not None and not 0 <= indent <= _MAX_INDENT:
         raise ValueError(f"tojson takes an indent of up to {_MAX_INDENT}")
+    if separators is not None and max(map(len, separators)) > _MAX_SEPARATOR:
+        raise ValueError(f"tojson takes separators of up to {_MAX_SEPARATOR} characters")
     budget = _budget(context)
     budget.check_size(value)
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    result: str = budget.made(text)
-    return result
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    pieces = []
+    for piece in encoder.iterencode(value):  # in pieces, since indents multiply
+        budget.spend(sys.getsizeof(piece))
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 @pass_context

@@ -4,8 +4,8 @@ A row's arithmetic is fixed by its own position: a score is summed along the hea
 over chunks of four pages counted from position 0, values are added token by token. Which rows share the call,
 how a prompt was chunked, and how many threads run do not enter into it.
 
-Inside a page, keys are stored transposed, [head_dim, 16]: sixteen scores then are one vector, and no sum runs
-across its lanes.
+Inside a page, keys are stored transposed, [head_dim, 16]: the scores of a page then are one vector, and no sum
+runs across its lanes.
 """
 # Numba infers the types of kernels:
 # mypy: disable-error-code="no-untyped-def"
@@ -19,18 +19,19 @@ from torch import Tensor
 from springtide.engine.attention.base import PAGE_SIZE, Pages
 from springtide.engine.inputs import ForwardInputs
 from springtide.engine.jit import FASTMATH, LOG2_E, as_numpy, exp2, from_f32, launch, njit, prange, to_f32
+from springtide.engine.simd import LANES, add_product, load, store, zeros
 
-HEAD_DIM_MULTIPLE = 8  # the unrolled loops below take whole eights of a head
+DTYPES = (torch.float32, torch.bfloat16)
 
 _CHUNK_PAGES = 4  # pages between two rescalings of the running softmax
 _CHUNK = _CHUNK_PAGES * PAGE_SIZE
-_BLOCK_ROWS = 8  # rows of one sequence that share the widening of a page to float32
+_BLOCK_ROWS = 8  # rows of one sequence that go through its pages together, while these are in the cache
 _PRODUCTS_PER_OPERATION = 4  # what a vector does while a plain loop does one thing
 _BELOW_ANY = np.float32(-1e30)  # a running maximum before the first score; finite, so differences are numbers
 
 
 class NumbaAttention:
-    """The CPU backend: head sizes that are multiples of eight."""
+    """The CPU backend."""
 
     name = "numba"
 
@@ -103,78 +104,67 @@ def _fold(index, count):
 
 @njit(fastmath=FASTMATH)
 def _attend_block(q, k_pages, v_pages, pages, positions, scale, out):
-    """Consecutive rows of one sequence with the query heads of one kv head: q and out [rows, group, dim]."""
+    """Consecutive rows of one sequence with the query heads of one kv head: q and out [rows, group, dim].
+
+    Queries go four at a time, the last ones filled up with zeros: whatever a row's neighbours, its own sums
+    run through the same code. Tokens that a neighbour sees and a row does not have weight 0 in its sum, which
+    leaves it as it is.
+    """
     num_rows, group, dim = q.shape
-    queries = np.empty((num_rows, group, dim), dtype=np.float32)
-    for row in range(num_rows):
-        for g in range(group):
-            for d in range(dim):
-                queries[row, g, d] = to_f32(q[row, g, d]) * scale
-    scores = np.empty((num_rows, group, _CHUNK), dtype=np.float32)  # of one chunk; then their exponentials
-    peaks = np.full((num_rows, group), _BELOW_ANY, dtype=np.float32)
-    sums = np.zeros((num_rows, group, PAGE_SIZE), dtype=np.float32)  # by place in the page
-    totals = np.zeros((num_rows, group, dim), dtype=np.float32)
-    tile = np.empty((_CHUNK_PAGES, PAGE_SIZE * dim), dtype=np.float32)
+    num_queries = num_rows * group
+    padded = (num_queries + 3) // 4 * 4
+    queries = np.zeros((padded, dim), dtype=np.float32)
+    for i in range(num_queries):
+        for d in range(dim):
+            queries[i, d] = to_f32(q[i // group, i % group, d]) * scale
+    scores = np.zeros((padded, _CHUNK), dtype=np.float32)  # of one chunk; then their exponentials
+    peaks = np.full(padded, _BELOW_ANY, dtype=np.float32)
+    sums = np.zeros((padded, PAGE_SIZE), dtype=np.float32)  # by place in the page
+    totals = np.zeros((padded, dim), dtype=np.float32)
 
     for chunk in range(0, positions[-1] + 1, _CHUNK):
-        num_pages = min(_CHUNK_PAGES, (positions[-1] - chunk) // PAGE_SIZE + 1)
-        for page in range(num_pages):
-            _widen(k_pages[pages[chunk // PAGE_SIZE + page]], tile[page])
-        for row in range(num_rows):
-            length = min(_CHUNK, positions[row] + 1 - chunk)  # tokens of this chunk that the row sees
-            if length > 0:
-                for g in range(group):
-                    _score(queries[row, g], tile, length, scores[row, g])
-                    peaks[row, g] = _exponentiate(scores[row, g], length, peaks[row, g], sums[row, g], totals[row, g])
-        for page in range(num_pages):
-            _widen(v_pages[pages[chunk // PAGE_SIZE + page]], tile[page])
-        for row in range(num_rows):
-            length = min(_CHUNK, positions[row] + 1 - chunk)
-            if length > 0:
-                for g in range(group):
-                    _add_values(scores[row, g], tile, length, totals[row, g])
+        length = min(_CHUNK, positions[-1] + 1 - chunk)
+        chunk_pages = pages[chunk // PAGE_SIZE : (chunk + length - 1) // PAGE_SIZE + 1]
+        for i in range(0, padded, 4):
+            _score(queries[i : i + 4], k_pages, chunk_pages, scores[i : i + 4])
+        for i in range(num_queries):
+            seen = min(_CHUNK, positions[i // group] + 1 - chunk)
+            peaks[i] = _exponentiate(scores[i], seen, peaks[i], sums[i], totals[i])
+        for i in range(0, padded, 4):
+            _add_values(scores[i : i + 4], length, v_pages, chunk_pages, totals[i : i + 4])
 
-    for row in range(num_rows):
-        for g in range(group):
-            sum = np.float32(0.0)
-            for t in range(PAGE_SIZE):
-                sum += sums[row, g, t]
-            for d in range(dim):
-                out[row, g, d] = from_f32(totals[row, g, d] / sum, out[row, g, d])
+    for i in range(num_queries):
+        sum = np.float32(0.0)
+        for t in range(PAGE_SIZE):
+            sum += sums[i, t]
+        for d in range(dim):
+            out[i // group, i % group, d] = from_f32(totals[i, d] / sum, out[i // group, i % group, d])
 
 
-@njit(fastmath=FASTMATH)
-def _widen(page, tile):
-    """A page as float32, flat."""
-    values = page.reshape(-1)
-    for i in range(len(tile)):
-        tile[i] = to_f32(values[i])
-
-
-@njit(fastmath=FASTMATH)
-def _score(query, tile, length, scores):
-    """Products of a query with the keys of a chunk; tile [pages, dim * 16]. Whole pages: what lies past
-    `length` is scored too, and ignored later."""
-    for i in range(_CHUNK):
-        scores[i] = 0.0
-    num_pages = (length + PAGE_SIZE - 1) // PAGE_SIZE
-    for d in range(0, len(query), 8):
-        q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
-        q4, q5, q6, q7 = query[d + 4], query[d + 5], query[d + 6], query[d + 7]
-        for page in range(num_pages):
-            keys = tile[page, d * PAGE_SIZE : (d + 8) * PAGE_SIZE]
-            out = scores[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-            for t in range(PAGE_SIZE):
-                score = out[t] + q0 * keys[t] + q1 * keys[t + 16] + q2 * keys[t + 32] + q3 * keys[t + 48]
-                out[t] = score + q4 * keys[t + 64] + q5 * keys[t + 80] + q6 * keys[t + 96] + q7 * keys[t + 112]
+@njit
+def _score(q, k_pages, pages, out):
+    """q [4, dim] with the keys of up to four pages -> out [4, 64]; all of a page, what is beyond a row's reach too."""
+    dim = q.shape[1]
+    for i in range(len(pages)):
+        s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+        for d in range(dim):
+            keys = load(k_pages, (pages[i] * dim + d) * PAGE_SIZE)
+            s0 = add_product(s0, q[0, d], keys)
+            s1 = add_product(s1, q[1, d], keys)
+            s2 = add_product(s2, q[2, d], keys)
+            s3 = add_product(s3, q[3, d], keys)
+        store(out, 0 * _CHUNK + i * PAGE_SIZE, s0)
+        store(out, 1 * _CHUNK + i * PAGE_SIZE, s1)
+        store(out, 2 * _CHUNK + i * PAGE_SIZE, s2)
+        store(out, 3 * _CHUNK + i * PAGE_SIZE, s3)
 
 
 @njit(fastmath=FASTMATH)
-def _exponentiate(scores, length, old_peak, sums, totals):
-    """Scores to 2 ** (score - peak), in place and into `sums`; returns the new running peak, and scales `sums`
-    and `totals` down to it."""
-    for t in range(length, _CHUNK):
-        scores[t] = _BELOW_ANY
+def _exponentiate(scores, seen, old_peak, sums, totals):
+    """The first `seen` scores to 2 ** (score - peak), in place and into `sums`, the others to 0. Returns the new
+    running peak; `sums` and `totals` are scaled down to it."""
+    for t in range(_CHUNK):
+        scores[t] = scores[t] if t < seen else _BELOW_ANY
     peak = old_peak
     for t in range(_CHUNK):
         peak = max(peak, scores[t])
@@ -185,7 +175,7 @@ def _exponentiate(scores, length, old_peak, sums, totals):
         for d in range(len(totals)):
             totals[d] *= fade
     for t in range(_CHUNK):
-        scores[t] = exp2(scores[t] - peak)
+        scores[t] = exp2(scores[t] - peak) if t < seen else np.float32(0.0)
     for page in range(_CHUNK_PAGES):
         for t in range(PAGE_SIZE):
             sums[t] += scores[page * PAGE_SIZE + t]
@@ -193,21 +183,24 @@ def _exponentiate(scores, length, old_peak, sums, totals):
 
 
 @njit(fastmath=FASTMATH)
-def _add_values(weights, tile, length, totals):
-    """totals += weights @ values, token by token; tile [pages, 16 * dim]."""
-    dim = len(totals)
-    values = tile.reshape(-1)
-    t = 0
-    while t + 8 <= length:
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        w4, w5, w6, w7 = weights[t + 4], weights[t + 5], weights[t + 6], weights[t + 7]
-        v = values[t * dim : (t + 8) * dim]
-        for d in range(dim):
-            total = totals[d] + w0 * v[d] + w1 * v[dim + d] + w2 * v[2 * dim + d] + w3 * v[3 * dim + d]
-            total = total + w4 * v[4 * dim + d] + w5 * v[5 * dim + d] + w6 * v[6 * dim + d] + w7 * v[7 * dim + d]
-            totals[d] = total
-        t += 8
-    while t < length:
-        for d in range(dim):
-            totals[d] += weights[t] * values[t * dim + d]
-        t += 1
+def _add_values(weights, length, v_pages, pages, totals):
+    """totals [4, dim] += weights [4, length] @ the values of the pages' first `length` tokens, token by token."""
+    dim = totals.shape[1]
+    vectors = dim // LANES * LANES
+    for d in range(0, vectors, LANES):
+        t0, t1, t2, t3 = load(totals, d), load(totals, dim + d), load(totals, 2 * dim + d), load(totals, 3 * dim + d)
+        for t in range(length):
+            values = load(v_pages, (pages[t // PAGE_SIZE] * PAGE_SIZE + t % PAGE_SIZE) * dim + d)
+            t0 = add_product(t0, weights[0, t], values)
+            t1 = add_product(t1, weights[1, t], values)
+            t2 = add_product(t2, weights[2, t], values)
+            t3 = add_product(t3, weights[3, t], values)
+        store(totals, d, t0)
+        store(totals, dim + d, t1)
+        store(totals, 2 * dim + d, t2)
+        store(totals, 3 * dim + d, t3)
+    for d in range(vectors, dim):
+        for t in range(length):
+            value = to_f32(v_pages[pages[t // PAGE_SIZE], t % PAGE_SIZE, d])
+            for i in range(4):
+                totals[i, d] += weights[i, t] * value

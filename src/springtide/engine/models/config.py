@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_MOST_LAYERS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -26,6 +28,9 @@ class ModelConfig:
     """Everything that decides a model's shapes and arithmetic, whatever file format it came from.
 
     `architecture` is the Hugging Face class name, and the registry's key. `context_length` is in tokens.
+
+    Raises:
+        ValueError: sizes that no model can have.
     """
 
     architecture: str
@@ -45,7 +50,11 @@ class ModelConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one key/value head (GQA)."""
-        return self.num_heads // self.num_kv_heads
+    def __post_init__(self) -> None:
+        sizes = (self.hidden_size, self.intermediate_size, self.head_dim, self.vocab_size, self.context_length)
+        if min(sizes) < 1 or not 1 <= self.num_layers <= _MOST_LAYERS:
+            raise ValueError("a size is not positive, or out of all reason")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads or not self.num_heads:
+            raise ValueError(f"{self.num_heads} heads can't share {self.num_kv_heads} kv heads")
+        if self.head_dim % 2 or not self.rope_theta > 0:
+            raise ValueError(f"heads of {self.head_dim} can't be rotated with theta {self.rope_theta}")

@@ -23,14 +23,15 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
         self._embedding = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        rotary = RotaryEmbedding(config, _freq_factors(config, weights))
-        self._layers = [_Layer(config, weights, rotary, layer) for layer in range(config.num_layers)]
+        self._rotary = RotaryEmbedding(config, _freq_factors(config, weights))
+        self._layers = [_Layer(config, weights, self._rotary, layer) for layer in range(config.num_layers)]
         self._norm = RMSNorm(weights.take("model.norm.weight", config.hidden_size), config.norm_eps)
         self._lm_head = Linear(self._output_weight(weights))
         weights.finish()
 
     def forward(self, inputs: ForwardInputs, pool: Pages, attention: AttentionBackend) -> Tensor:
         """The last hidden states of `inputs.logit_rows`, [logit rows, hidden]; fills the rows' K/V in `pool`."""
+        self._rotary.reach(int(inputs.positions.max()))
         hidden = F.embedding(inputs.token_ids, self._embedding)
         for layer in self._layers:
             hidden = layer(hidden, inputs, pool, attention)

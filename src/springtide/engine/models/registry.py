@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -41,19 +42,28 @@ def load_model(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> t
     Raises:
         SetupError: an architecture we do not have, or files that are broken or do not fit together.
     """
+    config, reader = _open(files)
+    return ARCHITECTURES[config.architecture](config, Weights(reader, dtype, device)), config
+
+
+def weight_bytes(files: ModelFiles, dtype: torch.dtype) -> int:
+    """Bytes that the weights of these files take in `dtype`, known from their headers alone.
+
+    Raises:
+        SetupError: as `load_model`.
+    """
+    _, reader = _open(files)
+    return sum(math.prod(shape) for shape in reader.shapes.values()) * dtype.itemsize
+
+
+def _open(files: ModelFiles) -> tuple[ModelConfig, TensorReader]:
     if files.format == "gguf":
         file = GGUFFile(files.path)
-        return _build(file.config, file, dtype, device)
+        _check_supported(file.config.architecture)
+        return file.config, file
     config = read_config(files.path)
     _check_supported(config.architecture)
-    return _build(config, SafetensorsFolder(files.path), dtype, device)
-
-
-def _build(
-    config: ModelConfig, reader: TensorReader, dtype: torch.dtype, device: torch.device
-) -> tuple[Model, ModelConfig]:
-    _check_supported(config.architecture)
-    return ARCHITECTURES[config.architecture](config, Weights(reader, dtype, device)), config
+    return config, SafetensorsFolder(files.path)
 
 
 def _check_supported(architecture: str) -> None:

@@ -75,7 +75,15 @@ class GGUFFile:
             raise SetupError(f"{path} can't be read: {error}") from None
         try:
             self.metadata, tensors = _parse(self._data.data)
-        except (struct.error, UnicodeDecodeError, IndexError, KeyError, ValueError, OverflowError) as error:
+        except (
+            struct.error,
+            UnicodeDecodeError,
+            IndexError,
+            KeyError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise SetupError(f"{path} is not a whole GGUF file: {error}", hint="fetch the model again") from None
         end = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
         if end > len(self._data):
@@ -95,7 +103,8 @@ class GGUFFile:
         try:
             for start in range(0, info.shape[0], rows_at_once):
                 chunk = packed[start : start + rows_at_once] if order is None else packed[order[start:][:rows_at_once]]
-                values = gguf.quants.dequantize(_typed(chunk, info), info.type)
+                with np.errstate(all="ignore"):  # scales that are not numbers show later, in the logits
+                    values = gguf.quants.dequantize(_typed(chunk, info), info.type)
                 rows = out[start : start + rows_at_once]
                 rows.copy_(torch.from_numpy(np.require(values, requirements="W").reshape(rows.shape)))
         except NotImplementedError:
@@ -165,8 +174,8 @@ def _config(metadata: dict[str, Any], tensors: dict[str, TensorInfo], where: str
         raise SetupError(
             f"{where} lacks {error.args[0]}", hint="the file is incomplete: fetch the model again"
         ) from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise SetupError(f"{where} has metadata that makes no sense: {error}") from None
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise SetupError(f"{where} describes no model that can be: {error}") from None
 
 
 def _rope_scaling(value: dict[str, Any]) -> RopeScaling | None:
@@ -229,9 +238,7 @@ class _Cursor:
         self.at = 0
 
     def take(self, size: int) -> bytes:
-        if size > len(self._data) - self.at:
-            raise ValueError("it ends in the middle of its header")
-        self.at += size
+        self.skip(size)
         return bytes(self._data[self.at - size : self.at])
 
     def scalar(self, code: str) -> Any:
@@ -257,7 +264,7 @@ class _Cursor:
             for _ in range(count):
                 self._pass_array()
         else:
-            self.take_nothing(count * struct.calcsize(_SCALARS[kind]))
+            self.skip(count * struct.calcsize(_SCALARS[kind]))
 
     def _pass_strings(self, count: int) -> None:
         """A vocabulary has 100,000 of them: no call and no copy for each."""
@@ -265,9 +272,9 @@ class _Cursor:
         at, data = self.at, self._data
         for _ in range(count):
             at += 8 + length_at(data, at)[0]
-        self.take_nothing(at - self.at)
+        self.skip(at - self.at)
 
-    def take_nothing(self, size: int) -> None:
+    def skip(self, size: int) -> None:
         if size > len(self._data) - self.at:
             raise ValueError("it ends in the middle of its header")
         self.at += size

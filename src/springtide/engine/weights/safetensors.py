@@ -79,8 +79,10 @@ def read_config(folder: Path) -> ModelConfig:
     raw = _json(path)
     try:
         return _config(raw)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise SetupError(f"{path} is not a model configuration we understand: {error!r}") from None
+    except KeyError as error:
+        raise SetupError(f"{path} is not a model configuration: it lacks {error.args[0]}") from None
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise SetupError(f"{path} is not a model configuration: {error}") from None
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
