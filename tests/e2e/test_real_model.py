@@ -110,19 +110,18 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(openai: O
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_pages(real: Platform, stream: bool) -> None:
-    free = "springtide_replica_blocks_free"
-    wait_until(lambda: real.metric("springtide_replica_running") == 0, "idle", 30)
-    before = real.metric(free)
+    free, total = "springtide_replica_blocks_free", real.metric("springtide_replica_blocks_total")
+    wait_until(lambda: real.metric(free) == total, "every page is free", 30)
     request = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True, "stream": stream}
     with real.client() as client:
         if stream:
             with client.stream("POST", "/v1/completions", json=request) as response:
                 next(events(response))
-                wait_until(lambda: real.metric(free) < before, "pages are taken", 10)
+                wait_until(lambda: real.metric(free) < total, "pages are taken", 10)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=request, timeout=3)
-    wait_until(lambda: real.metric(free) == before, "the pages are free again", 10)
+    wait_until(lambda: real.metric(free) == total, "the pages are free again", 10)
     assert real.metric("springtide_replica_running") == 0
 
 

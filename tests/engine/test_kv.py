@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.engine.kv import PAGE_SIZE, PageTable
+from springtide.engine.kv import PAGE_SIZE, PagePool, PageTable
 
 LAYERS, HEADS = 3, 2
 
@@ -32,6 +35,19 @@ def test_a_long_sequence_widens_the_table_and_keeps_its_pages() -> None:
     assert table.extend("a", 1500) == row
     assert (pages_of(table, row, 40) == before).all()
     assert table.tensor.is_contiguous()
+
+
+def test_memory_that_nobody_wrote_costs_nothing() -> None:
+    before = resident_memory()
+    pool = PagePool(num_blocks=10_000, num_layers=4, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16)
+    assert pool.k.nbytes + pool.v.nbytes > 600_000_000
+    assert resident_memory() - before < 50_000_000
+    assert not pool.k[-1].any()
+
+
+def resident_memory() -> int:
+    """Bytes of this process in RAM."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @settings(max_examples=60, deadline=None)

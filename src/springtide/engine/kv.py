@@ -7,6 +7,8 @@ that keeps a different number of tokens in each head needs no other kernel.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -19,13 +21,19 @@ def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.
 
 
 class PagePool:
-    """K and V of every page. Zeroed memory that nobody has written yet costs no RAM."""
+    """K and V of every page, zero at first. Pages that nobody has written yet cost no RAM."""
 
     def __init__(self, num_blocks: int, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         shape = (num_blocks * num_layers * num_kv_heads, PAGE_SIZE, head_dim)
         self.num_blocks = num_blocks
-        self.k = torch.zeros(shape, dtype=dtype)  # [pages, 16, head_dim]
-        self.v = torch.zeros(shape, dtype=dtype)  # [pages, 16, head_dim]
+        self.k = _untouched_zeros(shape, dtype)  # [pages, 16, head_dim]
+        self.v = _untouched_zeros(shape, dtype)  # [pages, 16, head_dim]
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros as the system hands them out, on first touch; `torch.zeros` would write, and so take, all of it."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class PageTable:
