@@ -170,7 +170,11 @@ async def test_a_node_can_not_renew_for_another(world: World, platform: Fabric) 
         await join_module._ask(node, subjects.renew_subject("A"), ask)
 
 
-@pytest.mark.parametrize("key", ["", "UABC", KeyPair.new_account().public, KeyPair.new_user().public[:-1] + "A"])
+@pytest.mark.parametrize(
+    "key",
+    ["", "UABC", KeyPair.new_account().public, KeyPair.new_user().public[:-1] + "A"],
+    ids=["none", "short", "of an account", "broken"],
+)
 def test_only_a_users_key_is_signed(world: World, key: str) -> None:
     with pytest.raises(SetupError, match="not a user's public key"):
         world.authority.node_credentials("A", key)

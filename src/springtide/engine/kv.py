@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 PAGE_SIZE = 16
+_CACHE_LINE = 64
 
 
 def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -33,7 +34,9 @@ class PagePool:
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros as the system hands them out, on first touch; `torch.zeros` would write, and so take, all of it."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    memory = np.zeros(size + _CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 class PageTable:
