@@ -76,6 +76,8 @@ def test_detach_status_and_down(tmp_path: Path) -> None:
     assert up.returncode == 0, up.stderr
     try:
         assert f":{port}/v1" in up.stdout
+        key = (data / "api_key").read_text().strip()
+        assert key in up.stdout and not any(key in log.read_text() for log in (data / "logs").iterdir())
         assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 200
         again = run("up", "--detach", "--port", str(free_port()), *mock_flags(), "--data-dir", str(data))
         assert again.returncode == 1 and "runs on" in again.stderr

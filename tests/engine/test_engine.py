@@ -13,11 +13,15 @@ import torch
 from springtide.core.engine_api import SequenceOutput
 from springtide.core.errors import ContextTooLong, InvalidRequest, SetupError
 from springtide.core.store import ModelFiles
+from springtide.engine import llm_engine, runner
+from springtide.engine.attention import numba_cpu
 from springtide.engine.config import EngineConfig
+from springtide.engine.layer_kernels import rms_norm, silu_and_mul, split_and_rotate
 from springtide.engine.llm_engine import LLMEngine
 from springtide.engine.machine import available_memory, usable_cores
 from springtide.engine.models.registry import load_model, weight_bytes
 from springtide.engine.runner import plan_num_blocks
+from springtide.engine.sampler_kernels import sample_rows, score_rows
 from tests.engine.harness import random_prompt, request, run
 
 VOCAB = 307
@@ -219,7 +223,49 @@ def test_a_sequence_whose_every_token_is_banned_ends_alone(engine: LLMEngine) ->
     assert len(results["good"].tokens) == 2
 
 
+def test_end_tokens_that_the_model_does_not_have_do_no_harm(engine: LLMEngine) -> None:
+    asked = request("a", [1, 2], stop_ids=(VOCAB + 5,), min_tokens=2, max_tokens=3)
+    assert run(engine, asked)["a"].finish_reason == "length"
+
+
 # ---- setting up
+
+
+def test_it_is_warm_when_it_is_loaded_and_nothing_of_that_stays(
+    tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def load_so() -> LLMEngine:
+        told.clear()
+        config = EngineConfig(dtype="float32", num_blocks=1, max_num_seqs=1)
+        return LLMEngine.from_files(tiny_model, config, progress=lambda what, done, total: told.append(what))
+
+    compiled: list[Any] = [numba_cpu._attend, rms_norm, silu_and_mul, split_and_rotate, sample_rows, score_rows]
+    engine = load_so()
+    known = [len(kernel.signatures) for kernel in compiled]
+    assert told == ["loading the model", "warming up"]
+    load = engine.load()
+    assert (load.running, load.steps, load.blocks_free) == (0, 0, 1)
+    assert not engine.has_work()
+    settings: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9, "logprobs": 3}, {"presence_penalty": 1.0}]
+    for sampling in settings:
+        assert len(run(engine, request("a", [1, 2, 3], max_tokens=4, ignore_eos=True, **sampling))["a"].tokens) == 4
+    assert [len(kernel.signatures) for kernel in compiled] == known, "a request found something not compiled"
+
+    monkeypatch.setattr(llm_engine, "have_compiled", lambda: False)
+    load_so()
+    assert told == ["loading the model", "compiling kernels (first start only)"]
+
+
+def test_a_processor_whose_products_vary_is_told_of(
+    tiny_model: ModelFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(tiny_model, num_blocks=1).info.numerics.endswith("000000000000")
+    assert "same seed" not in caplog.text
+    monkeypatch.setattr(runner, "varying_products", lambda products: [name for name in products if name != "qkv"])
+    assert load(tiny_model, num_blocks=1).info.numerics.endswith("/varying")
+    assert "products of o_proj, gate_up, down_proj, lm_head depend on the rows beside them" in caplog.text
 
 
 def load(model: ModelFiles, **options: Any) -> LLMEngine:

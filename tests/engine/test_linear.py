@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from springtide.engine.layers import RMSNorm, RotaryEmbedding, silu_and_mul
-from springtide.engine.linear import Linear, row_invariant
+from springtide.engine.linear import Linear, row_invariant, varying_products
 from springtide.engine.models.config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -54,7 +54,21 @@ def test_products(dtype: torch.dtype, out_features: int, in_features: int, count
 
 
 def test_the_self_check_agrees(dtype: torch.dtype) -> None:
-    assert row_invariant(dtype)
+    assert row_invariant(dtype, 1536, 192)
+    assert row_invariant(dtype, 576, 49152)
+
+
+def test_the_self_check_finds_products_that_vary(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = {"a": Linear(random(60, 93, dtype=dtype)), "b": Linear(random(80, 576, dtype=dtype))}
+    assert varying_products(products) == []
+    alone = Linear.__call__
+
+    def other_for_one_row(self: Linear, x: Tensor) -> Tensor:
+        product = alone(self, x)
+        return product * 1.5 if len(x) == 1 and x.shape[1] == 93 else product
+
+    monkeypatch.setattr(Linear, "__call__", other_for_one_row)
+    assert varying_products(products) == ["a"]
 
 
 @pytest.mark.parametrize("width", [60, 93, 576, 2048])

@@ -15,6 +15,8 @@ from springtide.core.store import ModelFiles
 from springtide.engine.attention.reference import ReferenceAttention
 from springtide.engine.attention.registry import choose_attention
 from springtide.engine.inputs import ForwardInputs
+from springtide.engine.weights.base import ROPE_FREQ_FACTORS, Weights
+from springtide.engine.weights.gguf import GGUFFile
 from tests.engine.checkpoints import all_logits, loaded, pages_for, saved, tiny_llama, write_gguf
 
 PROMPT = np.random.default_rng(3).integers(0, 160, 70).tolist()
@@ -90,6 +92,17 @@ def test_frequency_factors_of_a_gguf_file_stretch_the_rotation(tmp_path: Path) -
     model = tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0})
     factors = np.full(model.config.head_dim // 2, 4.0)
     assert worst_error(model, write_gguf(model, tmp_path / "tiny.gguf", rope_freqs=factors)) < 1e-4
+
+
+def test_frequency_factors_are_kept_whole_in_bfloat16(tmp_path: Path) -> None:
+    factors = np.linspace(1.0, 8.1, 8)
+    files = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", rope_freqs=factors)
+    given = Weights(GGUFFile(files.path), torch.bfloat16, torch.device("cpu"))
+    taken = given.take(ROPE_FREQ_FACTORS, 8, dtype=torch.float32)
+    assert np.array_equal(taken.numpy(), factors.astype(np.float32))
+    exact, half = loaded(files), loaded(files, torch.bfloat16)
+    turned = [model._rotary.split(torch.ones(1, 128), torch.tensor([200]))[0] for model in (exact, half)]  # type: ignore[attr-defined]
+    assert torch.equal(*turned)
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:

@@ -230,6 +230,26 @@ def test_a_row_with_every_token_banned_is_reported() -> None:
     assert results == [SampleError(0, "every token is banned"), (2, None)]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-20, 1e-6])
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.5}, {"top_k": 5, "top_p": 0.9}])
+def test_hardly_any_temperature_is_greedy(temperature: float, sampling: dict[str, Any]) -> None:
+    logits = np.random.default_rng(1).standard_normal((1, 500)).astype(np.float32)
+    ((drawn, _),) = sample(logits, [row(temperature=temperature, **sampling)])  # type: ignore[misc]
+    assert drawn == logits[0].argmax()
+
+
+def test_a_penalty_that_leaves_no_numbers_ends_its_row_alone() -> None:
+    logits = np.full((3, 8), 20, dtype=np.float32)
+    rows = [
+        row(top_p=0.9, repetition_penalty=1e-40, prompt=[3]),
+        row(top_p=0.9, repetition_penalty=1e-46, prompt=[3], banned={3}),
+        row(temperature=0.0),
+    ]
+    results = sample(logits, rows)
+    assert [isinstance(result, SampleError) for result in results] == [True, True, False]
+    assert "no numbers" in str(results[0])
+
+
 def test_no_rows_give_no_tokens() -> None:
     assert sample(np.zeros((0, 8), dtype=np.float32), []) == []
 

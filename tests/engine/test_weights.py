@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,8 @@ def test_an_unsupported_architecture_is_refused_by_name(folder: Path) -> None:
     ("changes", "expected"),
     [
         ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
+        ({"quantization_config": "gptq"}, "not a model configuration"),
+        ({"hidden_size": math.inf}, "not a model configuration"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with 'gptq'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling 'yarn'"),
         ({"num_hidden_layers": None}, "not a model configuration"),

@@ -122,6 +122,20 @@ async def test_a_name_belongs_to_its_first_key_until_it_is_forgotten(world: Worl
     await node.close()
 
 
+async def test_nobody_joins_under_the_name_of_a_local_node(world: World) -> None:
+    fabric = await world.platform()
+    server = JoinServer(fabric, world.authority, local_nodes=["home"])
+    await server.start()
+    await fabric.flush()
+    with pytest.raises(SetupError, match="belongs to another machine"):
+        await join(new_token(world), "home")
+    local = world.authority.local_node("home", [world.server.url], ttl=60)
+    node = await Fabric.connect(local, name="home")
+    assert (await renew(node, "home", local)).seed == local.seed
+    await node.close()
+    await server.stop()
+
+
 async def test_credentials_are_renewed_for_the_same_key(world: World, platform: Fabric) -> None:
     short = world.authority.local_node("A", [world.server.url], ttl=60)
     node = await Fabric.connect(short, name="A")

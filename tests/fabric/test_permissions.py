@@ -105,6 +105,20 @@ async def test_a_node_can_publish_under_its_own_name_only(world: World) -> None:
     assert a.connected
 
 
+async def test_a_node_can_not_wipe_the_presence_of_others(world: World) -> None:
+    platform = await world.platform()
+    bucket = Bucket(platform, subjects.PRESENCE)
+    for name in ("A", "B"):
+        heart = Heart(await world.node(name), lambda name=name: Node(id=name))  # type: ignore[misc]
+        await heart.start()
+        await heart.stop(goodbye=False)
+    a = await world.node("A")
+    for scope in ("all", "sub"):
+        await a.publish("$KV.presence.node.A", b"", headers={"Nats-Rollup": scope})
+    await a.flush()
+    assert {entry.key for entry in await bucket.entries()} == {"node.A", "node.B"}
+
+
 async def test_a_node_can_not_listen_to_others(world: World) -> None:
     platform, a = await world.platform(), await world.node("A")
     heard: list[str] = []

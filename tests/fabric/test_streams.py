@@ -433,6 +433,21 @@ async def test_what_was_received_is_freed_first_when_memory_is_short(stage: Stag
     assert replica.server.counters["evicted"] == 0
 
 
+async def test_the_frames_of_an_answer_that_was_received_whole_are_freed_at_once(stage: Stage) -> None:
+    replica = await stage.replica()
+    stream = await stage.hub.open(make_request(), 1, "A", "r")
+    await until(lambda: replica.opened)
+    await replica.tell(stream.key, range(3))
+    frames = await stream.frames()
+    assert replica.server._bytes > 0
+    await replica.tell(stream.key, range(0), DONE)
+    while frames[-1].end is None:
+        frames += await stream.frames()
+    await until(lambda: replica.server._bytes == 0)
+    assert stream.key in replica.server._streams  # a late copy of its opening must not start it again
+    assert replica.server.counters["evicted"] == 0
+
+
 async def test_a_stream_nobody_acknowledges_is_dropped_before_memory_runs_out(stage: Stage) -> None:
     replica = await stage.replica(max_bytes=10_000)
     stream = await stage.hub.open(make_request(), 1, "A", "r")

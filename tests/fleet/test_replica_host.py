@@ -176,6 +176,16 @@ async def test_a_stop_string_across_tokens_ends_the_answer_before_it(stage: Stag
     assert heard.end is not None and heard.end.counts.completion == 6
 
 
+async def test_a_stop_string_before_min_tokens_does_not_count(stage: Stage):
+    await stage.host(tokens_per_step=4)
+    links = chain(rendered(), 7)
+    expected = [next(links) for _ in range(12)]
+    heard = await stage.ask(chat(stop=(word(expected[2]),), min_tokens=5))
+    assert heard.tokens() == expected and heard.finish_reason() == "length"
+    heard = await stage.ask(chat(stop=(word(expected[5]),), min_tokens=5))
+    assert heard.tokens() == expected[:6] and heard.finish_reason() == "stop"
+
+
 async def test_the_token_that_ends_an_answer_gives_no_text(stage: Stage):
     await stage.host(stop_after=3)
     heard = await stage.ask(chat())
@@ -237,6 +247,7 @@ async def test_cancelling_frees_the_blocks(stage: Stage):
     view = PresenceView(stage.platform)
     await view.start()
     stream = await stage.open(chat(max_tokens=4000, n=3))
+    assert (await stream.frames())[0].prompt_tokens == len(rendered())
     while not any(frame.deltas for frame in await stream.frames()):
         pass
     await until(lambda: view.replicas() and view.replicas()[0].load.running == 3)

@@ -111,7 +111,7 @@ async def accept_and_wait(replica: TinyReplica, key: StreamKey, request: Request
 
 
 async def say_two_and_wait(replica: TinyReplica, key: StreamKey, request: Request) -> None:
-    await replica.emit(key, [])
+    replica.server.emit(key, [], prompt_tokens=PROMPT_TOKENS)
     for i in range(2):
         await replica.emit(key, [delta(0, i)])
     await asyncio.Event().wait()

@@ -15,6 +15,7 @@ from springtide.fabric.streams import StreamKey
 from springtide.gateway.limits import Limits
 from tests.gateway.conftest import MODEL, Cloud, Edge, running_edge, until
 from tests.gateway.replica import (
+    PROMPT_TOKENS,
     TinyReplica,
     accept_and_wait,
     say_two_and_wait,
@@ -68,7 +69,8 @@ async def test_a_client_that_leaves_cancels_at_once(edge: Edge, streamed: bool, 
     assert edge.replica.cancelled == [key]
     usage = await edge.cloud.usage(key.request_id)
     assert usage.outcome == "cancelled"
-    assert usage.completion_tokens == (2 if behaviour is say_two_and_wait else 0)
+    said = (PROMPT_TOKENS, 2) if behaviour is say_two_and_wait else (0, 0)
+    assert (usage.prompt_tokens, usage.completion_tokens) == said
     assert [attempt.outcome for attempt in usage.attempts] == ["cancelled"]
     await until(lambda: _metric_is(edge, 0, "springtide_requests_in_flight"), "nothing is in flight")
 
@@ -161,6 +163,15 @@ async def test_after_a_heartbeat_an_error_is_an_event(edge: Edge) -> None:
     said, comments, error = await ask(edge)
     assert said == "" and comments
     assert error is not None and error["message"] == "no"
+
+
+async def test_an_error_after_heartbeats_says_when_to_try_again(cloud: Cloud) -> None:
+    await cloud.deploy("never")
+    async with running_edge(cloud, queue_timeout=1.0, silent_wait=0.2) as edge:
+        await until(lambda: _is_known(edge, "never"), "the deployment is known")
+        _, comments, error = await ask(edge, model="never")
+    assert comments
+    assert error is not None and (error["code"], error["retry_after"]) == ("no_capacity", 10.0)
 
 
 def _bad_request() -> WireError:

@@ -120,3 +120,21 @@ async def test_keys_stay_good_while_the_fabric_is_away(
     await registry.put(hash_key(second), key_record(second))
     await until(lambda: knows(view, second), "the second key is known")
     assert knows(view, first)
+
+
+async def test_no_failure_ends_the_reading_of_keys(
+    view: KeyView, registry: Registry[KeyRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 0
+
+    async def fail() -> dict[str, KeyRecord]:
+        nonlocal failures
+        failures += 1
+        raise RuntimeError("the transport is closed")
+
+    plain = new_api_key()
+    with monkeypatch.context() as broken:
+        broken.setattr(view._registry, "items", fail)
+        await registry.put(hash_key(plain), key_record(plain))
+        await until(lambda: failures, "it was read, in vain")
+    await until(lambda: knows(view, plain), "the key is known")

@@ -207,6 +207,13 @@ def test_names_that_go_into_a_header_are_plain_and_bounded() -> None:
         (with_fields(b'"n":1000'), "n", "[1,"),
         (with_fields(b'"seed":99999999999999999999'), "seed", "seed is"),
         (with_fields(b'"logit_bias":{"x":1}'), "logit_bias", "Expected `int`"),
+        (with_fields(b'"logit_bias":{"99999999999999999999":1}'), "logit_bias", "no model has"),
+        (with_fields(b'"stop_token_ids":[99999999999999999999]'), "stop_token_ids", "no model has"),
+        (
+            b'{"model":"m","messages":[{"role":"assistant","tool_calls":[{"x":99999999999999999999}]}]}',
+            "messages[0].tool_calls",
+            "64 bits",
+        ),
         (with_fields(b'"top_logprobs":2'), "top_logprobs", "needs logprobs"),
         (with_fields(b'"stream_options":{}'), "stream_options", "stream is"),
         (b'{"model":"m","messages":[{"role":"user","content":"\xff"}]}', None, "not UTF-8"),

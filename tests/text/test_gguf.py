@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import given
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from springtide.core.errors import SetupError
 from springtide.core.store import ModelFiles
-from springtide.text.gguf_metadata import Metadata, read_metadata
+from springtide.text.gguf_metadata import Metadata, read_head, read_metadata
 from springtide.text.tokenizer import Tokenizer
 from springtide.text.tokenizer_files import from_metadata
 
@@ -99,6 +101,37 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tiny_file, tmp_path_
         pass
 
 
+def test_arrays_in_arrays_without_end_are_refused(tmp_path):
+    path = tmp_path / "deep.gguf"
+    nested = struct.pack("<IQ", 9, 1) * 5000
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + nested)
+    with pytest.raises(SetupError, match="not a whole GGUF file"):
+        read_metadata(path)
+
+
+def test_the_table_of_tensors_is_what_the_reference_reader_reads(tmp_path):
+    path = tmp_path / "tensors.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_custom_alignment(64)
+    writer.add_tensor("a", np.zeros((3, 5), dtype=np.float32))
+    writer.add_tensor("b", np.zeros(7, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    entries, tensors = read_head(path)
+    assert entries == read_metadata(path)
+    assert [(t.name, t.shape, t.type, t.offset) for t in tensors] == [
+        (t.name, tuple(reversed(t.shape.tolist())), int(t.tensor_type), t.data_offset) for t in GGUFReader(path).tensors
+    ]
+
+
+@pytest.mark.parametrize("alignment", [0, "thirty-two"])
+def test_an_alignment_that_can_not_be_is_refused(tmp_path, alignment):
+    with pytest.raises(SetupError, match="aligned to"):
+        read_head(write(tmp_path / "odd.gguf", {"general.alignment": alignment}))
+
+
 def test_a_missing_file_and_another_kind_of_file_are_named(tmp_path):
     with pytest.raises(SetupError, match=r"none\.gguf can't be read: No such file"):
         read_metadata(tmp_path / "none.gguf")
@@ -118,6 +151,9 @@ def test_a_missing_file_and_another_kind_of_file_are_named(tmp_path):
         ({"tokenizer.ggml.merges": None}, r"incomplete: tokenizer\.ggml\.merges is missing"),
         ({"tokenizer.ggml.merges": ["x nosuchtoken"]}, "tokenizer is broken"),
         ({"tokenizer.ggml.merges": ["nospace"]}, "tokenizer is broken"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer is broken"),
+        ({"tokenizer.ggml.model": ["gpt2"]}, "tokenizer is broken"),
+        ({"tokenizer.ggml.tokens": 7}, "tokenizer is broken"),
         ({"tokenizer.ggml.token_type": [1]}, "not one type for each token"),
     ],
 )
@@ -125,6 +161,12 @@ def test_a_tokenizer_that_we_can_not_do_right_is_refused(tiny_metadata, change, 
     metadata = {key: value for key, value in {**tiny_metadata, **change}.items() if value is not None}
     with pytest.raises(SetupError, match=message):
         from_metadata(metadata)
+
+
+@pytest.mark.parametrize("id", [-1, 10**6, 0.5, "one"])
+def test_a_named_token_that_there_is_not_is_none(tiny_metadata, id):
+    parts = from_metadata({**tiny_metadata, "tokenizer.ggml.bos_token_id": id, "tokenizer.chat_template": 3})
+    assert (parts.bos_id, parts.add_bos, parts.chat_template) == (None, False, None)
 
 
 SPLITS = {

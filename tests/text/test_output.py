@@ -117,6 +117,27 @@ def test_consumed_counts_up_to_the_token_that_completed_the_stop_string(tiny):
     assert tiny.decode(after[: output.consumed - len(before)]) == "stop"
 
 
+def test_before_min_tokens_a_stop_string_is_text_like_any_other(tiny):
+    ids = tiny.encode("a a a a")
+    for least in range(len(ids) + 1):
+        output = OutputText(tiny, stop=("a",), min_tokens=least)
+        text = "".join(output.push([id]) for id in ids) + output.finish()
+        after = tiny.decode(ids[least:])
+        assert text == tiny.decode(ids[:least]) + after.split("a")[0]
+        assert output.matched == ("a" if "a" in after else None)
+
+
+def test_a_stop_string_may_begin_before_min_tokens_and_end_after(tiny):
+    ids = ids_of(tiny, "o", "p", " ", "s", "x")
+    output = OutputText(tiny, stop=("p s", "op"), min_tokens=2)
+    assert "".join(output.push([id]) for id in ids) == "o"
+    assert output.matched == "p s"
+
+    resumed = OutputText(tiny, stop=("p s", "op"), min_tokens=2, prior_ids=ids[:2], prior_text="o")
+    assert resumed.push(ids[2:]) == ""
+    assert resumed.matched == "p s"
+
+
 def test_a_held_back_beginning_is_given_when_it_turns_out_to_be_none(tiny):
     output = OutputText(tiny, stop=("stopping",))
     assert output.push(ids_of(tiny, "a stop")) == "a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,12 +50,29 @@ class DataDirLock:
         self._path = data_dir / "lock"
         self._file: IO[str] | None = None
 
-    def acquire(self) -> bool:
+    def acquire(self, patience: float = 0.5) -> bool:
+        """Whether it is ours now. Patient with those who just look whether somebody holds it."""
         self._file = open(self._path, "a")  # noqa: SIM115  # held until release
+        deadline = time.monotonic() + patience
+        while not self._try(fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                self.release()
+                return False
+            time.sleep(0.01)
+        return True
+
+    def is_held(self) -> bool:
+        """Whether some process holds it. Those who look don't take one another for a holder."""
+        with open(self._path, "a") as self._file:
+            free = self._try(fcntl.LOCK_SH)
+        self._file = None
+        return not free
+
+    def _try(self, kind: int) -> bool:
+        assert self._file is not None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
         except OSError:
-            self.release()
             return False
         return True
 
@@ -66,12 +84,7 @@ class DataDirLock:
 
 def is_running(data_dir: Path) -> bool:
     """Whether some process holds the data dir's lock."""
-    if not (data_dir / "lock").exists():
-        return False
-    lock = DataDirLock(data_dir)
-    free = lock.acquire()
-    lock.release()
-    return not free
+    return (data_dir / "lock").exists() and DataDirLock(data_dir).is_held()
 
 
 def running(data_dir: Path) -> RunState:

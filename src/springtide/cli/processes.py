@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from springtide.cli.options import DataDir, settings
+from springtide.cli.up import LOCAL_NODE
 from springtide.core.config import Settings
 from springtide.core.log import setup_logging
 
@@ -85,7 +86,7 @@ async def _controller(credentials: Path, chosen: Settings) -> AsyncIterator[None
     authority = Authority.open(chosen.data_path / "fabric")
     parts: list[Controller | JoinServer | DisconnectWatch] = [
         Controller(fabric, new_id("controller")),
-        JoinServer(fabric, authority),
+        JoinServer(fabric, authority, local_nodes=[LOCAL_NODE]),
         DisconnectWatch(fabric, authority.system_credentials(fabric.urls)),
     ]
     try:

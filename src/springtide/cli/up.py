@@ -36,6 +36,7 @@ Report = Callable[[str, int, int | None], None]
 LOCAL_NODE = "local"
 GRACE_S = 3.5  # for a polite end; then by force, so that Ctrl-C is over within 5 s
 CHILD_GRACE_S = 2.0  # of that, for running requests
+SIGN_EVERY_S = 600.0  # the local node's credentials, which last an hour
 
 
 def up(
@@ -96,6 +97,8 @@ class Platform:
         self._stop = threading.Event()
         self._nats: NatsServer | None = None
         self._children: dict[str, tuple[Child, Callable[[], Child]]] = {}
+        self._fetching = False  # that may take minutes, and nothing but the signal's own handler can end it
+        self._sign_again = 0.0  # on the wall's clock, which goes on while the machine sleeps
 
     def run(self) -> None:
         """Start, watch, stop.
@@ -110,13 +113,15 @@ class Platform:
         if not lock.acquire():
             raise SetupError(f"a platform runs on {self._dir} already", hint="stop it with: springtide down")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._stop.set())
+            signal.signal(number, self._on_signal)
         try:
             with Bar() as bar:
                 self._start(lambda what, done, total: self._report(bar, what, done, total))
             if not self._stop.is_set():
                 self._announce()
                 self._watch()
+        except KeyboardInterrupt:
+            raise SpringtideError("interrupted before it was up; nothing is left running") from None
         except SpringtideError as error:
             self._state.error, self._state.hint = error.message, error.hint
             self._state.save(self._dir)
@@ -125,6 +130,11 @@ class Platform:
             self._end()
             lock.release()
 
+    def _on_signal(self, *_: object) -> None:
+        self._stop.set()
+        if self._fetching:
+            raise KeyboardInterrupt
+
     # -- start ---------------------------------------------------------------------------------------------
 
     def _start(self, report: Report) -> None:
@@ -132,7 +142,11 @@ class Platform:
         if chosen.engine == "springtide":
             from springtide.core.store import ModelStore
 
-            ModelStore(chosen.model_path).resolve(chosen.model, progress=report)
+            self._fetching = True
+            try:
+                ModelStore(chosen.model_path).resolve(chosen.model, progress=report)
+            finally:
+                self._fetching = False
         report("opening the ledger", 0, None)
         asyncio.run(self._open_ledger())
         report("starting the fabric", 0, None)
@@ -141,8 +155,7 @@ class Platform:
         self._state.fabric_url = url
         credentials = self._dir / "fabric" / "platform.creds"
         authority.platform_credentials("platform", [url]).save(credentials)
-        node_credentials = self._dir / "fabric" / f"node-{LOCAL_NODE}.creds"
-        authority.local_node(LOCAL_NODE, [url]).save(node_credentials)
+        self._sign_local_node(authority, url)
 
         report("starting the gateway", 0, None)
         (self._dir / "admin.url").unlink(missing_ok=True)
@@ -152,7 +165,7 @@ class Platform:
         self._report_state("starting the replica")
         self._deploy()
 
-        self._spawn("agent", "agent", "--credentials", str(node_credentials), "--node", LOCAL_NODE)
+        self._spawn("agent", "agent", "--credentials", str(self._node_credentials), "--node", LOCAL_NODE)
         if chosen.replicas:
             self._await_replica(report)
 
@@ -178,6 +191,16 @@ class Platform:
         )
         self._nats.start()
         return self._nats.url
+
+    @property
+    def _node_credentials(self) -> Path:
+        return self._dir / "fabric" / f"node-{LOCAL_NODE}.creds"
+
+    def _sign_local_node(self, authority: Authority, url: str) -> None:
+        """New credentials for this machine's node. Its agent renews them too, but not while the machine sleeps:
+        after a night of that they have ended, and nobody would take the agent's word."""
+        authority.local_node(LOCAL_NODE, [url]).save(self._node_credentials)
+        self._sign_again = time.time() + SIGN_EVERY_S
 
     def _deploy(self) -> None:
         """Make the deployment that this command names, in place of the one that an earlier `up` named."""
@@ -221,7 +244,9 @@ class Platform:
 
     def _await(self, condition: Callable[[], bool], what: str, patience: float = 60.0) -> None:
         deadline = time.monotonic() + patience
-        while not self._stop.is_set() and not condition():
+        while not condition():
+            if self._stop.is_set():
+                raise KeyboardInterrupt
             for name, (child, _) in self._children.items():
                 if (code := child.poll()) is not None:
                     raise SetupError(child.last_words() or f"{name} ended with code {code}",
@@ -248,6 +273,8 @@ class Platform:
         pauses: dict[str, float] = {}
         due: dict[str, float] = {}
         while not self._stop.wait(0.1):
+            if time.time() >= self._sign_again:
+                self._sign_again_local_node()
             now = time.monotonic()
             for name in ("fabric", *self._children):
                 if self._alive(name):
@@ -259,6 +286,13 @@ class Platform:
                     pauses[name] = min(10.0, 2 * pauses.get(name, 0.1))
                     due[name] = now + pauses[name]
                     self._restart(name)
+
+    def _sign_again_local_node(self) -> None:
+        try:
+            self._sign_local_node(Authority.open(self._dir / "fabric"), self._state.fabric_url)
+        except SetupError as error:  # a full disk, say: those that the agent has are good for a while
+            self._sign_again = time.time() + SIGN_EVERY_S
+            print(f"the local node's credentials can't be renewed: {error}", file=sys.stderr)
 
     def _alive(self, name: str) -> bool:
         if name == "fabric":
@@ -338,7 +372,12 @@ def _detached(chosen: Settings, options: list[str]) -> None:
         command += ["--option", pair]
     with open(data_dir / "logs" / "up.log", "ab") as log:
         process = subprocess.Popen(
-            command, env=_environment(chosen), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=_environment(chosen),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # it says the API key, which must not lie in a log
+            stderr=log,
+            start_new_session=True,
         )
     try:
         with Bar() as bar:

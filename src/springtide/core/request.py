@@ -6,6 +6,7 @@ A Request becomes one or more Sequences: one for each prompt and each of `n` cho
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -76,10 +77,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequest(
                 f"stop takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", param="stop"
             )
+        self._check_token_ids("logit_bias", self.logit_bias)
+        self._check_token_ids("stop_token_ids", self.stop_token_ids)
         for token, bias in self.logit_bias.items():
-            if token < 0 or not -100.0 <= bias <= 100.0:
+            if not -100.0 <= bias <= 100.0:
                 raise InvalidRequest(f"logit_bias of token {token} is outside [-100, 100]", param="logit_bias")
         return self
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < 2**31:
+                raise InvalidRequest(f"{name} has the token id {token}, which no model has", param=name)
 
     def _check_range(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)

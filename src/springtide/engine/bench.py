@@ -48,6 +48,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 def run(
     model: str = DEFAULT_MODEL,
     *,
+    model_dir: Path | None = None,
     concurrency: Sequence[int] = (1, 16, 64),
     input_tokens: int = 128,
     output_tokens: int = 128,
@@ -59,7 +60,7 @@ def run(
     Raises:
         SetupError: no such model, or not enough memory.
     """
-    files = ModelStore(load_settings().model_path).resolve(model)
+    files = ModelStore(model_dir or load_settings().model_path).resolve(model)
     config = EngineConfig.from_options({"max_num_seqs": max(concurrency), **engine_options})
     engine = LLMEngine.from_files(files, config)
     measure(engine, 1, input_tokens, 2)  # kernels compile, weights come into memory

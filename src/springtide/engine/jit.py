@@ -43,7 +43,19 @@ import numpy as np  # noqa: E402
 from llvmlite import ir  # noqa: E402
 from numba import prange, types  # noqa: E402
 
-__all__ = ["FASTMATH", "FUSED", "LOG2_E", "as_numpy", "exp2", "from_f32", "launch", "njit", "prange", "to_f32"]
+__all__ = [
+    "FASTMATH",
+    "FUSED",
+    "LOG2_E",
+    "as_numpy",
+    "exp2",
+    "from_f32",
+    "have_compiled",
+    "launch",
+    "njit",
+    "prange",
+    "to_f32",
+]
 
 # Never "reassoc": the order of a sum is part of the result.
 FUSED = {"contract"}  # multiply-adds in one rounding
@@ -59,6 +71,11 @@ def njit(function: Any = None, **options: Any) -> Any:
     """Compile a kernel: kept on disk, free of the interpreter's lock, dividing as NumPy does."""
     compiler = numba.njit(cache=True, nogil=True, error_model="numpy", **options)
     return compiler if function is None else compiler(function)
+
+
+def have_compiled() -> bool:
+    """Whether kernels of an earlier process are kept on disk: then the first call of one takes no time."""
+    return any(Path(os.environ["NUMBA_CACHE_DIR"]).glob("**/*.nbc"))
 
 
 def launch(kernel: Callable[..., Any], work: int, *args: Any) -> Any:

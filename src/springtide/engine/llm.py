@@ -181,10 +181,13 @@ class _Choice:
         if request.sampling.logprobs is not None:
             self.output.logprobs = []
         self._tokenizer = tokenizer
+        sampling = request.sampling
         self._text = (
-            OutputText(tokenizer, stop=request.sampling.stop, continues=continues) if tokenizer is not None else None
+            OutputText(tokenizer, stop=sampling.stop, min_tokens=sampling.min_tokens, continues=continues)
+            if tokenizer is not None
+            else None
         )
-        self._stop_ids = frozenset(request.stop_ids) | frozenset(request.sampling.stop_token_ids)
+        self._stop_ids = frozenset(() if sampling.ignore_eos else request.stop_ids).union(sampling.stop_token_ids)
 
     def take(self, step: SequenceOutput) -> None:
         """Take in what one step gave."""

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from springtide.core.engine_api import EngineInfo, EngineLoad, SequenceOutput, SequenceRequest, TokenScore
 from springtide.core.errors import ContextTooLong, InvalidRequest
+from springtide.core.fetch import Progress, silent
 from springtide.core.request import FinishReason
 from springtide.core.store import ModelFiles
+from springtide.engine import sampler
 from springtide.engine.config import EngineConfig
+from springtide.engine.jit import have_compiled
 from springtide.engine.kv import PAGE_SIZE
 from springtide.engine.runner import Chunk, ModelRunner, load_runner, resolve_context_length
 from springtide.engine.sampler import SampleError, SampleRow, sample
@@ -41,7 +44,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             dtype=dtype,
             device="cpu",
-            numerics=_numerics(runner.attention.name, dtype, digest),
+            numerics=_numerics(runner, dtype, digest),
         )
         self._runner = runner
         self._scheduler = Scheduler(
@@ -54,14 +57,21 @@ class LLMEngine:
         self._ended: list[SequenceOutput] = []  # over before they began; told by the next step
 
     @classmethod
-    def from_files(cls, files: ModelFiles, config: EngineConfig | None = None) -> LLMEngine:
-        """Load a model.
+    def from_files(
+        cls, files: ModelFiles, config: EngineConfig | None = None, *, progress: Progress = silent
+    ) -> LLMEngine:
+        """Load a model and warm it up: the first request finds everything compiled.
 
         Raises:
             SetupError: broken files, an option that can't be done, not enough memory.
         """
         config = config or EngineConfig()
-        return cls(load_runner(files, config), config, model=files.name, digest=files.digest)
+        progress("loading the model", 0, None)
+        runner = load_runner(files, config)
+        progress("warming up" if have_compiled() else "compiling kernels (first start only)", 0, None)
+        runner.warm_up()
+        sampler.warm_up(runner.model.config.vocab_size)
+        return cls(runner, config, model=files.name, digest=files.digest)
 
     def add(self, sequence: SequenceRequest) -> None:
         """Queue a sequence. One whose `output` is already complete just gets its last word from the next step.
@@ -72,7 +82,7 @@ class LLMEngine:
         """
         assert sequence.id not in self._sequences, f"sequence {sequence.id} is already here"
         _check_token_ids(sequence, self.info.vocab_size)
-        added = _Sequence(sequence, self.info.context_length)
+        added = _Sequence(sequence, self.info.context_length, self.info.vocab_size)
         reason = added.finish_reason()
         if reason is not None:
             self._ended.append(SequenceOutput(id=sequence.id, token_ids=[], finish_reason=reason))
@@ -149,7 +159,7 @@ class LLMEngine:
 class _Sequence:
     """A request's token ids as they grow, and the rules by which they end."""
 
-    def __init__(self, request: SequenceRequest, context_length: int) -> None:
+    def __init__(self, request: SequenceRequest, context_length: int, vocab_size: int) -> None:
         sampling = request.sampling
         self.request = request
         self.tokens = [*request.prompt, *request.output]
@@ -157,7 +167,8 @@ class _Sequence:
         self.max_tokens = _max_tokens(request, context_length)
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.ends = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(request.stop_ids)
+            # Of a tokenizer that has more tokens than the model, some never come.
+            frozenset() if sampling.ignore_eos else {id for id in request.stop_ids if id < vocab_size}
         )
 
     def append(self, token: int) -> None:
@@ -216,7 +227,10 @@ def _failed(sequence_id: str, error: SampleError) -> SequenceOutput:
     return SequenceOutput(id=sequence_id, token_ids=[], finish_reason="error", error=error.reason)
 
 
-def _numerics(attention: str, dtype: str, digest: str) -> str:
-    """All that decides the bits of a logit: processor features, torch's kernels, ours, dtype and weights."""
+def _numerics(runner: ModelRunner, dtype: str, digest: str) -> str:
+    """All that decides the bits of a logit: processor features, torch's kernels, ours, dtype and weights; and, where
+    it is so, that there is no such class, since rows feel each other."""
     features = torch.backends.cpu.get_cpu_capability().lower()
-    return f"cpu-{features}/torch-{torch.__version__}/{attention}/{dtype}/{digest.removeprefix('sha256:')[:12]}"
+    kernels = f"torch-{torch.__version__}/{runner.attention.name}"
+    varying = "/varying" if runner.varying else ""
+    return f"cpu-{features}/{kernels}/{dtype}/{digest.removeprefix('sha256:')[:12]}{varying}"

@@ -18,12 +18,14 @@ from springtide.engine.attention.registry import choose_attention
 from springtide.engine.config import EngineConfig
 from springtide.engine.inputs import ForwardInputs
 from springtide.engine.kv import PAGE_SIZE, PagePool, PageTable, block_bytes
+from springtide.engine.linear import varying_products
 from springtide.engine.machine import available_memory, usable_cores
 from springtide.engine.models.config import ModelConfig
 from springtide.engine.models.registry import Model, load_model, weight_bytes
 
 log = logging.getLogger(__name__)
 
+_WARM_UP = "(warm-up)"
 _KV_SHARE = 0.25  # of the memory that is free beside the model
 
 
@@ -49,6 +51,8 @@ class ModelRunner:
         self.pool = pool
         self._table = PageTable(pool.num_blocks, max_num_seqs, config.num_layers, config.num_kv_heads)
         self._threads = threads
+        self.varying = varying_products(model.products())
+        """Products whose rows feel each other on this machine: none, where a seed keeps its promise."""
         self._settled_thread: int | None = None
 
     @torch.inference_mode()
@@ -62,6 +66,15 @@ class ModelRunner:
     def release(self, sequence_id: str) -> None:
         """Give a sequence's pages back. Unknown ids are ignored."""
         self._table.release(sequence_id)
+
+    def warm_up(self) -> None:
+        """Run a prompt and the token after it, so that all kernels are compiled and threads are there. No page stays
+        taken."""
+        try:
+            for start, tokens in ((0, [0, 0]), (2, [0])):
+                self.run([Chunk(_WARM_UP, start, tokens, wants_logits=True)])
+        finally:
+            self.release(_WARM_UP)
 
     def _inputs(self, chunks: Sequence[Chunk]) -> ForwardInputs:
         counts = np.array([len(chunk.tokens) for chunk in chunks])
@@ -107,7 +120,15 @@ def load_runner(files: ModelFiles, config: EngineConfig) -> ModelRunner:
     num_blocks = plan_num_blocks(config, model_config, dtype, weights=weights, available=available)
     pool = PagePool(num_blocks, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype)
     attention = choose_attention(config.attention, model_config, dtype)
-    return ModelRunner(model, attention, pool, max_num_seqs=config.max_num_seqs, threads=threads)
+    runner = ModelRunner(model, attention, pool, max_num_seqs=config.max_num_seqs, threads=threads)
+    if runner.varying:
+        log.warning(
+            "on this processor the %s products of %s depend on the rows beside them: the same seed may give another "
+            "text in other company",
+            str(dtype).removeprefix("torch."),
+            ", ".join(runner.varying),
+        )
+    return runner
 
 
 def resolve_dtype(name: str) -> torch.dtype:

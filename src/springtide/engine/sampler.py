@@ -41,6 +41,8 @@ class SampleError:
     reason: str
 
 
+_COLDEST = 1e-5  # below it only the peak is left, and a division by it may give what is no number
+
 SampleResult: TypeAlias = tuple[int, TokenScore | None] | SampleError
 
 
@@ -48,7 +50,7 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[SampleResult]:
     """For each row of `logits` (float32 [rows, vocab], left as it is) the next token, and its scores if
     `sampling.logprobs` asks for them.
 
-    Greedy (temperature 0) takes the highest score, of equals the lowest id.
+    Greedy (temperature 0, or as good as that) takes the highest score, of equals the lowest id.
     """
     results: dict[int, SampleResult] = {}
     plain: list[int] = []
@@ -61,8 +63,11 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[SampleResult]:
             plain.append(i)
         else:
             scores = _adjusted(logits[i], row)
-            if np.isneginf(scores.max()):
+            highest = scores.max()
+            if np.isneginf(highest):
                 results[i] = SampleError(i, "every token is banned")
+            elif not np.isfinite(highest):  # not a number in there makes the maximum one
+                results[i] = SampleError(i, "the penalties are so strong that scores are no numbers any more")
             else:
                 adjusted[i] = scores
 
@@ -75,17 +80,32 @@ def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[SampleResult]:
     return [results[i] for i in range(len(rows))]
 
 
+def warm_up(vocab_size: int) -> None:
+    """Sample in every way that has code of its own, so that all of it is compiled."""
+    ways = (
+        SamplingParams(temperature=0.0),
+        SamplingParams(),
+        SamplingParams(top_p=0.9, top_k=20, min_p=0.01),
+        SamplingParams(presence_penalty=1.0),
+        SamplingParams(logprobs=1),
+    )
+    rows = [SampleRow(way, seed=0, choice=0, position=1, prompt_ids=[0], output_ids=[0]) for way in ways]
+    sample(np.zeros((len(rows), vocab_size), dtype=np.float32), rows)
+
+
 def _draw(scores: np.ndarray, which: Sequence[int], rows: Sequence[SampleRow]) -> dict[int, int]:
     """The drawn token of each of the rows `which` of `scores`."""
     if not rows:
         return {}
     params = [row.sampling for row in rows]
+    temperatures = np.array([p.temperature for p in params], dtype=np.float64)
+    temperatures[temperatures < _COLDEST] = 0.0
     tokens = launch(
         sample_rows,
         (len(rows) - 1) * scores.shape[1],
         scores,
         np.array(which, dtype=np.int64),
-        np.array([p.temperature for p in params], dtype=np.float64),
+        temperatures,
         np.array([p.top_k for p in params], dtype=np.int64),
         np.array([p.top_p for p in params], dtype=np.float64),
         np.array([p.min_p for p in params], dtype=np.float64),
@@ -109,15 +129,16 @@ def _adjusted(logits: np.ndarray, row: SampleRow) -> np.ndarray:
     for token, bias in s.logit_bias.items():
         scores[token] += bias
     scores[list(row.banned)] = -np.inf
-    if s.repetition_penalty != 1.0:
-        seen = np.unique(np.array([*row.prompt_ids, *row.output_ids], dtype=np.int64))
-        scores[seen] = np.where(
-            scores[seen] > 0, scores[seen] / s.repetition_penalty, scores[seen] * s.repetition_penalty
-        )
-    if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
-        produced, counts = np.unique(np.array(row.output_ids, dtype=np.int64), return_counts=True)
-        scores[produced] -= (s.frequency_penalty * counts).astype(np.float32)
-        scores[produced] -= np.float32(s.presence_penalty)
+    with np.errstate(all="ignore"):  # the caller looks at what comes out
+        if s.repetition_penalty != 1.0:
+            seen = np.unique(np.array([*row.prompt_ids, *row.output_ids], dtype=np.int64))
+            scores[seen] = np.where(
+                scores[seen] > 0, scores[seen] / s.repetition_penalty, scores[seen] * s.repetition_penalty
+            )
+        if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
+            produced, counts = np.unique(np.array(row.output_ids, dtype=np.int64), return_counts=True)
+            scores[produced] -= (s.frequency_penalty * counts).astype(np.float32)
+            scores[produced] -= np.float32(s.presence_penalty)
     return scores
 
 

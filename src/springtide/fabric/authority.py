@@ -127,11 +127,14 @@ class Authority:
             expires=time.time() + ttl,
         )
 
-    def local_node(self, node: str, urls: list[str], *, ttl: float = 3600) -> Credentials:
-        """Whole credentials for a node of this very machine, which needs no join token. Its key is always the
-        same, since a node's name belongs to its first key."""
+    def local_key(self, node: str) -> KeyPair:
+        """The key of a node of this very machine: always the same, since a node's name belongs to one key."""
         secret = self._signing.seed.encode()
-        key = KeyPair.of_user(hashlib.blake2b(node.encode(), key=secret, person=b"springtide-node").digest()[:32])
+        return KeyPair.of_user(hashlib.blake2b(node.encode(), key=secret, person=b"springtide-node").digest()[:32])
+
+    def local_node(self, node: str, urls: list[str], *, ttl: float = 3600) -> Credentials:
+        """Whole credentials for a node of this very machine, which needs no join token."""
+        key = self.local_key(node)
         return Credentials(
             name=node,
             urls=urls,

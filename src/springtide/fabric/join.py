@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 
 import msgspec
 import nats.errors
@@ -58,13 +58,17 @@ class _Use(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JoinServer:
-    """Answers newcomers and nodes. Several may run; each question reaches one. `counters`: joined, renewed,
-    refused."""
+    """Answers newcomers and nodes. Several may run; each question reaches one. `local_nodes` are those of the
+    authority's own machine: they need no token to be there, and nobody else can join under their names.
+    `counters`: joined, renewed, refused."""
 
-    def __init__(self, fabric: Fabric, authority: Authority, *, ttl: float = 3600) -> None:
+    def __init__(
+        self, fabric: Fabric, authority: Authority, *, ttl: float = 3600, local_nodes: Collection[str] = ()
+    ) -> None:
         self._fabric = fabric
         self._authority = authority
         self._ttl = ttl
+        self._local_keys = {node: authority.local_key(node).public for node in local_nodes}
         self._tokens = Bucket(fabric, subjects.JOIN_TOKENS)
         self._members = Bucket(fabric, subjects.MEMBERS)
         self._subscriptions: list[Subscription] = []
@@ -130,6 +134,10 @@ class JoinServer:
 
     async def _claim_name(self, ask: _Ask, hint: str) -> None:
         """The name is this key's from now on, or was."""
+        if ask.node in self._local_keys:
+            if ask.public_key != self._local_keys[ask.node]:
+                raise SetupError(f"the name {ask.node} belongs to another machine", hint=hint)
+            return
         entry = await self._members.get(ask.node)
         if entry is None or entry.value is None:
             expect = 0 if entry is None else entry.revision

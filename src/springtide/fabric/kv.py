@@ -190,7 +190,7 @@ def _bucket_config(name: str, *, memory: bool = False, max_age_s: float = 0) -> 
         "discard": "new",
         "allow_direct": True,
         "deny_delete": True,
-        "allow_rollup_hdrs": True,
+        "allow_rollup_hdrs": False,  # one who may write one key could else delete all the others with it
         # Heartbeats want no answer; without one, a node can't have it sent to a subject that is not its own.
         "no_ack": memory,
     }

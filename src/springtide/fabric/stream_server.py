@@ -157,8 +157,8 @@ class StreamServer:
 
     # What goes out.
 
-    def emit(self, key: StreamKey, deltas: list[Delta], end: End | None = None) -> None:
-        """The next frame of a stream. It leaves with the next `flush`.
+    def emit(self, key: StreamKey, deltas: list[Delta], end: End | None = None, *, prompt_tokens: int = 0) -> None:
+        """The next frame of a stream. It leaves with the next `flush`. `prompt_tokens` is for the first one.
 
         Raises:
             ValueError: one frame of more bytes than a message may have.
@@ -167,7 +167,7 @@ class StreamServer:
         if stream is None or stream.ended_at is not None:
             self.counters["after_end"] += 1
             return
-        frame = encode_frame(key, Frame(stream.next, deltas, end))
+        frame = encode_frame(key, Frame(stream.next, deltas, end, prompt_tokens))
         if len(frame) > MAX_BATCH_BYTES:
             self._emit_halves(key, deltas, end, len(frame))
             return
@@ -298,6 +298,8 @@ class StreamServer:
             stream = self._streams.get(StreamKey(request_id, attempt))
             if stream is not None and stream.acked < number <= stream.next:
                 stream.acked = number
+                if stream.ended_at is not None and number == stream.next:
+                    self._bytes -= stream.free_acked()  # all of it was received: nobody can want it again
         for key in control.cancels:
             self._cancel(key)
             self._outgoing(control.gateway).answers.append(Answer(*key, "unknown"))

@@ -29,11 +29,13 @@ class StreamKey(NamedTuple):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one step gave one request. Number 0 says "accepted" (no deltas) or carries the refusal as `end`."""
+    """What one step gave one request. Number 0 says "accepted" (no deltas; `prompt_tokens` is what the prompt has,
+    for the account of an attempt that never comes to its end) or carries the refusal as `end`."""
 
     number: int
     deltas: list[Delta]
     end: End | None = None
+    prompt_tokens: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):

@@ -51,6 +51,7 @@ class Choice:
         self._text = OutputText(
             tokenizer,
             stop=sampling.stop,
+            min_tokens=sampling.min_tokens,
             prior_ids=list(prior.token_ids),
             prior_text=prior.text.removeprefix(echo),
             continues=continues,

@@ -145,7 +145,7 @@ class ReplicaHost:
 
     def _begin(self, answer: Answer) -> None:
         """Accept: frame 0, then what stands before the first token, then the engine's."""
-        self._server.emit(answer.key, [])
+        self._server.emit(answer.key, [], prompt_tokens=answer.num_prompt_tokens)
         for choice in answer.running:
             self._by_sequence[choice.sequence.id] = answer, choice
         self._engine.submit([choice.sequence for choice in answer.running])

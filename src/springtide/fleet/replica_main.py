@@ -128,8 +128,7 @@ def _load_springtide(desired: DesiredReplica, settings: Settings, progress: Prog
     files = ModelStore(settings.model_path).resolve(desired.source, progress=progress)
     progress("loading the tokenizer", 0, None)
     tokenizer = Tokenizer.load(files)
-    progress("loading the model", 0, None)
-    return LLMEngine.from_files(files, config), tokenizer
+    return LLMEngine.from_files(files, config, progress=progress), tokenizer
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

@@ -255,7 +255,10 @@ class GatewayApp:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             for relay in list(self._running.values()):
-                relay.tick(now)
+                try:
+                    relay.tick(now)
+                except Exception:  # one request's trouble must not stop the clock of all
+                    log.exception("a request's clock failed")
 
 
 def _allow(exchange: Exchange, *methods: str) -> None:

@@ -269,6 +269,7 @@ class Dispatch:
         self._stream: ClientStream | None = None
         self._started = 0.0
         self._accepted = False
+        self._prompt_tokens = 0  # as the replica of this attempt counts them
         self.delivered = False
         self._lost = 0
 
@@ -287,6 +288,7 @@ class Dispatch:
                 await self._recover(lost.reason)
                 continue
             self._accepted = True
+            self._prompt_tokens = frames[0].prompt_tokens or self._prompt_tokens
             end = frames[-1].end
             if end is not None and not self.delivered and _should_go_elsewhere(end):
                 self._give_up_attempt(end.counts)
@@ -310,7 +312,7 @@ class Dispatch:
     def cancel(self) -> None:
         """Nobody waits for it any more. Ends the attempt that is under way, if one is."""
         if self._stream is not None:
-            self._close("cancelled", TokenCounts(completion=self.transcript.tokens))
+            self._close("cancelled", self._counts_so_far())
 
     def lose(self, reason: str) -> None:
         """The replica of the current attempt is known to be gone."""
@@ -320,7 +322,7 @@ class Dispatch:
     async def _open(self) -> ClientStream:
         dispatcher, request = self._dispatcher, self.request
         replica = await dispatcher.place(request, first_in_line=bool(self.attempts))
-        self.replica, self._started, self._accepted = replica, time.time(), False
+        self.replica, self._started, self._accepted, self._prompt_tokens = replica, time.time(), False, 0
         try:
             stream = await dispatcher.hub.open(request, len(self.attempts) + 1, replica.node, replica.id)
         except BaseException:
@@ -337,12 +339,17 @@ class Dispatch:
         self._dispatcher.attempts_lost += 1
         if self._accepted:
             self._lost += 1
-        self._give_up_attempt(TokenCounts(completion=self.transcript.tokens))
+        self._give_up_attempt(self._counts_so_far())
         if self.delivered:
             raise ReplicaLost(f"the replica was lost in the middle of the answer: {reason}", hint="send it again")
         if self._lost >= MAX_LOST:
             raise ReplicaLost(f"{self._lost} replicas were lost while they ran this request")
         await self._back_off()
+
+    def _counts_so_far(self) -> TokenCounts:
+        """What an attempt without an end has done: a token says that the prompt was computed, too."""
+        tokens = self.transcript.tokens
+        return TokenCounts(prompt=self._prompt_tokens if tokens else 0, completion=tokens)
 
     def _give_up_attempt(self, counts: TokenCounts) -> None:
         """It failed for the replica's reasons, not the request's: others are better choices for a while."""

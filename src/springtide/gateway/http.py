@@ -243,18 +243,18 @@ class Exchange:
 
 
 def error_object(error: RequestError, request_id: str) -> bytes:
-    """OpenAI's error object as JSON, with the id under which the log knows the request."""
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": str(error),
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-                "request_id": request_id,
-            }
-        }
-    )
+    """OpenAI's error object as JSON, with the id under which the log knows the request, and the seconds after which
+    it is worth another try (an event has no header to say it)."""
+    values: dict[str, Any] = {
+        "message": str(error),
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if error.retry_after is not None:
+        values["retry_after"] = error.retry_after
+    return msgspec.json.encode({"error": values})
 
 
 def read_timeout_header(value: str | None) -> float | None:

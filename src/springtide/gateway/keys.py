@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from springtide.core.cluster import KeyRecord
-from springtide.core.errors import Overloaded, SetupError, Unauthorized
+from springtide.core.errors import Overloaded, Unauthorized
 from springtide.fabric.desired import Registry
 from springtide.fabric.tasks import sleep_until
 from springtide.ledger.keys import hash_key
@@ -78,7 +78,7 @@ class KeyView:
     async def _read(self) -> bool:
         try:
             self._by_hash = await self._registry.items()
-        except SetupError as error:  # what we know stays good meanwhile
+        except Exception as error:  # what we know stays good meanwhile, and is read again whatever this was
             log.warning("the keys can't be read: %s", error)
             return False
         self.ready = True

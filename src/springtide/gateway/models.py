@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from springtide.core.cluster import Deployment, Replica
-from springtide.core.errors import ModelNotFound, SetupError
+from springtide.core.errors import ModelNotFound
 from springtide.fabric.desired import Registry
 from springtide.fabric.tasks import sleep_until
 
@@ -65,7 +65,7 @@ class Models:
     async def _read(self) -> None:
         try:
             self._deployed = {deployment.name for deployment in (await self._registry.items()).values()}
-        except SetupError as error:
+        except Exception as error:
             log.warning("the deployments can't be read, going on with those known: %s", error)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from springtide.core import wire
 from springtide.core.errors import InvalidRequest
 from springtide.core.request import MAX_CHOICES, Message, Request, SamplingParams
 from springtide.gateway.fields import check_fields
@@ -196,6 +197,8 @@ def _message(message: ChatMessage, where: str) -> Message:
         raise InvalidRequest(f"{where}.content is missing", param=f"{where}.content")
     if isinstance(content, list):
         content = _join_parts(content, f"{where}.content")
+    if message.tool_calls:
+        _check_portable(message.tool_calls, f"{where}.tool_calls")
     return Message(
         role=role,
         content=content,
@@ -203,6 +206,16 @@ def _message(message: ChatMessage, where: str) -> Message:
         tool_call_id=message.tool_call_id,
         tool_calls=message.tool_calls,
     )
+
+
+def _check_portable(value: Any, where: str) -> None:
+    """Free JSON travels on as it is, but not with numbers that only JSON can hold."""
+    try:
+        wire.pack(value)
+    except OverflowError:
+        raise InvalidRequest(f"{where} holds an integer of more than 64 bits", param=where) from None
+    except RecursionError:
+        raise InvalidRequest(f"{where} is nested too deeply", param=where) from None
 
 
 def _join_parts(parts: list[ContentPart], where: str) -> str:

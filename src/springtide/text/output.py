@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 
 from springtide.core.errors import InvalidRequest
-from springtide.text.stop_strings import stop_automaton
+from springtide.text.stop_strings import StopAutomaton, StopMatch, stop_automaton
 from springtide.text.tokenizer import TokenizerLike
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
@@ -23,6 +23,7 @@ class OutputText:
 
     Args:
         stop: Stop strings, none empty.
+        min_tokens: A stop string counts only if a token after the first `min_tokens` completes it.
         prior_ids, prior_text: What a replica before this one had made and sent: the text goes on after
             `prior_text`, exactly as it would have gone on there.
         continues: The tokens go on in the middle of a text (a completion's prompt) and do not begin one: a
@@ -37,6 +38,7 @@ class OutputText:
         tokenizer: TokenizerLike,
         *,
         stop: Sequence[str] = (),
+        min_tokens: int = 0,
         prior_ids: Sequence[int] = (),
         prior_text: str = "",
         continues: bool = False,
@@ -51,6 +53,8 @@ class OutputText:
         self._at_start = not continues
         self._stops = stop_automaton(tuple(stop)) if stop else None
         self._state = 0
+        self._num_tokens = 0
+        self._min_tokens = min_tokens
         self._held = ""
         self._unsent = ""
         self._already_sent = 0
@@ -64,6 +68,7 @@ class OutputText:
             if self.matched is not None:
                 break
             self.consumed += 1
+            self._num_tokens += 1
             if id not in stop_ids and id not in self._special_ids:
                 text += self._take(self._decode(id))
         return self._drop_sent(text)
@@ -89,7 +94,7 @@ class OutputText:
         """Add decoded text and return what can't be part of a stop string any more."""
         if self._stops is None or not text:
             return text
-        self._state, match = self._stops.scan(self._state, text)
+        match = self._scan(self._stops, text)
         if match is not None:
             self.matched = match.stop
             known = self._held + text[: match.end]
@@ -99,6 +104,17 @@ class OutputText:
         certain = len(known) - self._stops.depth[self._state]
         self._held = known[certain:]
         return known[:certain]
+
+    def _scan(self, stops: StopAutomaton, text: str) -> StopMatch | None:
+        """The first stop string that is complete in `text`, and counts."""
+        at = 0
+        while True:
+            self._state, match = stops.scan(self._state, text[at:])
+            if match is None:
+                return None
+            at += match.end
+            if self._num_tokens > self._min_tokens:
+                return StopMatch(match.stop, at)
 
     def _resume(self, prior_ids: Sequence[int], prior_text: str) -> None:
         text = self.push(prior_ids)

@@ -61,17 +61,29 @@ _TEMPLATE_KEYS = {
 
 
 def from_metadata(metadata: Metadata) -> TokenizerParts:
-    """The tokenizer that GGUF metadata describes."""
+    """The tokenizer that GGUF metadata describes.
+
+    Raises:
+        SetupError: it describes none, or one that is broken or not supported.
+    """
+    try:
+        return _from_metadata(metadata)
+    except (TypeError, AttributeError, IndexError) as error:  # entries may be of any type
+        raise SetupError(f"the model file's tokenizer is broken: {error}", hint="fetch the model again") from None
+
+
+def _from_metadata(metadata: Metadata) -> TokenizerParts:
     backend = build_backend(metadata)
     tokens, types = metadata["tokenizer.ggml.tokens"], token_types(metadata)
 
     def token_id(key: str) -> int | None:
         id = metadata.get(f"tokenizer.ggml.{key}")
-        return id if id is not None and id < len(tokens) else None
+        return id if isinstance(id, int) and 0 <= id < len(tokens) else None
 
     named = {name: tokens[id] for name, key in _TEMPLATE_KEYS.items() if (id := token_id(key)) is not None}
     ends = (id for id, token in enumerate(tokens) if types[id] == TokenType.CONTROL and token in _END_TOKENS)
     bos_id = token_id("bos_token_id")
+    template = metadata.get("tokenizer.chat_template")
     # Files from before the flag existed: SentencePiece models and Llama 3 begin every text with it.
     usual = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     return TokenizerParts(
@@ -80,7 +92,7 @@ def from_metadata(metadata: Metadata) -> TokenizerParts:
         bos_id=bos_id,
         add_bos=bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", usual),
         stop_ids=_unique([*map(token_id, _END_KEYS), *ends]),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
         template_tokens=named,
     )
 

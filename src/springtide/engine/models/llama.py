@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class Llama:
         """[rows, hidden] -> float32 [rows, vocab]"""
         return self._lm_head(hidden).float()
 
+    def products(self) -> dict[str, Linear]:
+        """One product of each shape, by name."""
+        return self._layers[0].products() | {"lm_head": self._lm_head}
+
     def _output_weight(self, weights: Weights) -> Tensor:
         if self.config.tie_word_embeddings:
             weights.skip("lm_head.weight")  # some files store the shared matrix twice
@@ -62,6 +67,10 @@ class _Layer:
         x = x + self._attention(self._input_norm(x), inputs, pool, attention)
         return x + self._mlp(self._mlp_norm(x))
 
+    def products(self) -> dict[str, Linear]:
+        attention, mlp = self._attention, self._mlp
+        return {"qkv": attention.qkv, "o_proj": attention.output, "gate_up": mlp.gate_up, "down_proj": mlp.down}
+
 
 class _Attention:
     def __init__(self, config: ModelConfig, weights: Weights, rotary: RotaryEmbedding, layer: int, prefix: str) -> None:
@@ -70,25 +79,25 @@ class _Attention:
         self._scale = config.head_dim**-0.5
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
-        self._qkv = _fused(weights, prefix, sizes, config.hidden_size, bias=config.attention_bias)
-        self._output = _fused(
+        self.qkv = _fused(weights, prefix, sizes, config.hidden_size, bias=config.attention_bias)
+        self.output = _fused(
             weights, prefix, {"o_proj": config.hidden_size}, query_size, bias=config.attention_output_bias
         )
 
     def __call__(self, x: Tensor, inputs: ForwardInputs, pool: Pages, attention: AttentionBackend) -> Tensor:
-        q, k, v = self._rotary.split(self._qkv(x), inputs.positions)
+        q, k, v = self._rotary.split(self.qkv(x), inputs.positions)
         attended = attention.attend(self._layer, q, k, v, pool, inputs, self._scale)
-        return self._output(attended.view(x.shape[0], -1))
+        return self.output(attended.view(x.shape[0], -1))
 
 
 class _MLP:
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
-        self._gate_up = _fused(weights, prefix, {"gate_proj": inner, "up_proj": inner}, hidden, bias=config.mlp_bias)
-        self._down = _fused(weights, prefix, {"down_proj": hidden}, inner, bias=config.mlp_bias)
+        self.gate_up = _fused(weights, prefix, {"gate_proj": inner, "up_proj": inner}, hidden, bias=config.mlp_bias)
+        self.down = _fused(weights, prefix, {"down_proj": hidden}, inner, bias=config.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(silu_and_mul(self._gate_up(x)))
+        return self.down(silu_and_mul(self.gate_up(x)))
 
 
 def _fused(weights: Weights, prefix: str, sizes: dict[str, int], in_features: int, *, bias: bool) -> Linear:
@@ -102,4 +111,5 @@ def _fused(weights: Weights, prefix: str, sizes: dict[str, int], in_features: in
 def _freq_factors(config: ModelConfig, weights: Weights) -> Tensor | None:
     if ROPE_FREQ_FACTORS not in weights:
         return None
-    return weights.take(ROPE_FREQ_FACTORS, config.head_dim // 2)
+    # In float32 whatever the model's dtype: at a late position the last bits of a frequency are much of an angle.
+    return weights.take(ROPE_FREQ_FACTORS, config.head_dim // 2, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from springtide.core.errors import SetupError
 from springtide.core.store import ModelFiles
 from springtide.engine.attention.base import AttentionBackend, Pages
 from springtide.engine.inputs import ForwardInputs
+from springtide.engine.linear import Linear
 from springtide.engine.models.config import ModelConfig
 from springtide.engine.models.llama import Llama
 from springtide.engine.weights.base import TensorReader, Weights
@@ -29,6 +31,9 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> float32 [rows, vocab]"""
+
+    def products(self) -> Mapping[str, Linear]:
+        """One product of each shape that there is, by a name that its author would know."""
 
 
 ARCHITECTURES: dict[str, type[Llama]] = {

@@ -43,22 +43,24 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._reader.shapes
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of that name, in the model's dtype.
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of that name, in the model's dtype or in `dtype`.
 
         Raises:
             SetupError: it has another shape, or can't be read.
         """
-        return self.stack([name], [shape])
+        return self.stack([name], [shape], dtype=dtype)
 
-    def stack(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    def stack(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Several tensors one below the other, as one (fused projections), without a copy in between.
 
         Raises:
             SetupError: one has another shape, or can't be read.
         """
         rows = sum(shape[0] for shape in shapes)
-        stacked = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        stacked = torch.empty((rows, *shapes[0][1:]), dtype=dtype or self.dtype, device=self.device)
         start = 0
         for name, shape in zip(names, shapes, strict=True):
             self._fill(name, stacked[start : start + shape[0]])

@@ -1,15 +1,13 @@
 """A GGUF file as Hugging Face-style tensors and a ModelConfig; memory-mapped, dequantised on the way out.
 
-The header is parsed here, not by the `gguf` package's reader, which spends seconds on the vocabulary's arrays;
-the block formats are the package's (`gguf.quants`).
+The head is read by `springtide.text.gguf_metadata`; the block formats are those of the `gguf` package.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor
 from springtide.core.errors import SetupError
 from springtide.engine.models.config import ModelConfig, RopeScaling
 from springtide.engine.weights.base import ROPE_FREQ_FACTORS
+from springtide.text.gguf_metadata import TensorEntry, read_head
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM"}  # GGUF's word for it -> Hugging Face's
 
@@ -44,9 +43,6 @@ _BLOCK_NAMES = {
 }
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_MAX_DIMENSIONS = 4
 _VALUES_AT_ONCE = 1 << 22  # dequantised float32 values held beside the model: 16 MB
 
 
@@ -61,29 +57,19 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """One GGUF file, mapped into memory. `metadata` has its scalars and strings; arrays are passed over.
+    """One GGUF file, mapped into memory.
 
     Raises:
-        SetupError: not GGUF, of a version or tensor type we do not read, or shorter than its header says.
+        SetupError: not GGUF, of a version or tensor type we do not read, or shorter than its head says.
     """
 
     def __init__(self, path: Path) -> None:
         self.where = str(path)
+        self.metadata, entries = read_head(path)
         try:
+            tensors = {entry.name: _tensor_info(entry) for entry in entries}
             self._data = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
-            raise SetupError(f"{path} can't be read: {error}") from None
-        try:
-            self.metadata, tensors = _parse(self._data.data)
-        except (
-            struct.error,
-            UnicodeDecodeError,
-            IndexError,
-            KeyError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise SetupError(f"{path} is not a whole GGUF file: {error}", hint="fetch the model again") from None
         end = max((info.offset + info.num_bytes for info in tensors.values()), default=0)
         if end > len(self._data):
@@ -187,94 +173,16 @@ def _rope_scaling(value: dict[str, Any]) -> RopeScaling | None:
     raise SetupError(f"rope scaling {kind!r} is not supported", hint="supported in GGUF: linear, and Llama 3's factors")
 
 
-def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Scalar and string metadata, and where each tensor lies."""
-    cursor = _Cursor(data)
-    if cursor.take(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version = cursor.scalar("I")
-    if version not in (2, 3):
-        raise ValueError(f"version {version} is unknown")
-    num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(num_values):
-        key = cursor.string()
-        value = cursor.value(cursor.scalar("I"))
-        if value is not None:
-            metadata[key] = value
-    infos = list(_tensor_infos(cursor, num_tensors))
-    alignment = int(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
-    base = -(-cursor.at // alignment) * alignment
-    tensors = {
-        name: TensorInfo(shape, type, base + offset, num_bytes) for name, shape, type, offset, num_bytes in infos
-    }
-    return metadata, tensors
-
-
-def _tensor_infos(
-    cursor: _Cursor, count: int
-) -> Iterator[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int, int]]:
-    for _ in range(count):
-        name = cursor.string()
-        num_dimensions = cursor.scalar("I")
-        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
-            raise ValueError(f"tensor {name} has {num_dimensions} dimensions")
-        shape = tuple(reversed([cursor.scalar("Q") for _ in range(num_dimensions)]))
-        type = gguf.GGMLQuantizationType(cursor.scalar("I"))
-        offset = cursor.scalar("Q")
-        values_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[type]
-        if 0 in shape or (num_dimensions == 1 and values_per_block > 1):
-            raise ValueError(f"tensor {name} is {type.name} of the impossible shape {list(shape)}")
-        if shape[-1] % values_per_block:
-            raise ValueError(f"tensor {name} has rows of {shape[-1]} values, not whole {type.name} blocks")
-        yield name, shape, type, offset, math.prod(shape) // values_per_block * bytes_per_block
-
-
-class _Cursor:
-    """Reads GGUF's primitives one after the other."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self.at = 0
-
-    def take(self, size: int) -> bytes:
-        self.skip(size)
-        return bytes(self._data[self.at - size : self.at])
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
-
-    def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        """A scalar or a string; None for an array, which is passed over."""
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        self._pass_array()
-        return None
-
-    def _pass_array(self) -> None:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind == _STRING:
-            self._pass_strings(count)
-        elif kind == _ARRAY:
-            for _ in range(count):
-                self._pass_array()
-        else:
-            self.skip(count * struct.calcsize(_SCALARS[kind]))
-
-    def _pass_strings(self, count: int) -> None:
-        """A vocabulary has 100,000 of them: no call and no copy for each."""
-        length_at = struct.Struct("<Q").unpack_from
-        at, data = self.at, self._data
-        for _ in range(count):
-            at += 8 + length_at(data, at)[0]
-        self.skip(at - self.at)
-
-    def skip(self, size: int) -> None:
-        if size > len(self._data) - self.at:
-            raise ValueError("it ends in the middle of its header")
-        self.at += size
+def _tensor_info(entry: TensorEntry) -> TensorInfo:
+    """
+    Raises:
+        ValueError: a tensor that can't be.
+    """
+    name, shape = entry.name, entry.shape
+    type = gguf.GGMLQuantizationType(entry.type)
+    values_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[type]
+    if 0 in shape or (len(shape) == 1 and values_per_block > 1):
+        raise ValueError(f"tensor {name} is {type.name} of the impossible shape {list(shape)}")
+    if shape[-1] % values_per_block:
+        raise ValueError(f"tensor {name} has rows of {shape[-1]} values, not whole {type.name} blocks")
+    return TensorInfo(shape, type, entry.offset, math.prod(shape) // values_per_block * bytes_per_block)

@@ -81,7 +81,7 @@ def read_config(folder: Path) -> ModelConfig:
         return _config(raw)
     except KeyError as error:
         raise SetupError(f"{path} is not a model configuration: it lacks {error.args[0]}") from None
-    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, IndexError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SetupError(f"{path} is not a model configuration: {error}") from None
 
 
