@@ -344,7 +344,8 @@ class Platform:
 def banner(state: RunState, data_dir: Path) -> str:
     """What a newcomer needs: base URL, key, and a curl line that works as printed."""
     key = (data_dir / "api_key").read_text().strip()
-    body = '{"model": "%s", "stream": true, "messages": [{"role": "user", "content": "What is a spring tide?"}]}'
+    question = '[{"role": "user", "content": "What is a spring tide?"}]'
+    body = '{"model": "%s", "stream": true, "max_completion_tokens": 200, "messages": %s}'
     insecure = "-k " if state.url.startswith("https") else ""
     note = f"\nNote: {state.note}\n" if state.note else ""
     return f"""
@@ -355,7 +356,7 @@ Springtide is up.
   model      {state.model}
 
   curl {insecure}-N {state.url}/v1/chat/completions -H "Authorization: Bearer {key}" \\
-    -H "Content-Type: application/json" -d '{body % state.model}'
+    -H "Content-Type: application/json" -d '{body % (state.model, question)}'
 """
 
 
