@@ -114,6 +114,20 @@ def test_a_request_that_had_sent_nothing_is_tried_again(platform: Start) -> None
     assert [attempt["number"] for attempt in usage["attempts"]] == [1, 2]
 
 
+def test_a_whole_answer_that_was_half_done_starts_over_and_is_the_same(platform: Start) -> None:
+    one = platform(*mock_flags(replicas=2, step_ms=20)).ready()
+    wait_until(lambda: sum(r["state"] == "ready" for r in one.status()["replicas"]) == 2, "two replicas")
+    with one.client() as client, ThreadPoolExecutor(1) as pool:
+        expected = text_of(client, 150)
+        answer = pool.submit(client.post, "/v1/completions", json=body(150, stream=False))
+        wait_until(lambda: one.metric("springtide_replica_running") == 1, "it runs", 10)
+        time.sleep(1)  # a third of the answer
+        for pid in one.pids("replica_main"):
+            os.kill(pid, signal.SIGKILL)
+        assert answer.result(60).json()["choices"][0]["text"] == expected
+    assert one.metric("springtide_attempts_lost_total") >= 1
+
+
 def test_each_request_is_recorded_once_though_gateway_and_nats_are_killed(platform: Start) -> None:
     one = platform(*mock_flags(step_ms=1)).ready()
     done = 0

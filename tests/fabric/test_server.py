@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -13,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from springtide.core.errors import SetupError
+from springtide.fabric import certificates
 from springtide.fabric import server as server_module
 from springtide.fabric.authority import Authority
-from springtide.fabric.server import NatsServer, find_nats_server
+from springtide.fabric.server import NatsServer, find_nats_server, reach_beyond, urls_for_nodes
 from tests.fabric.conftest import World
 
 
@@ -51,8 +54,40 @@ def test_only_loopback_is_spoken_to_plainly(tmp_path: Path) -> None:
         ("0.0.0.0", "nats://127.0.0.1:5"),
         ("127.0.0.2", "nats://127.0.0.2:5"),
         ("10.0.0.9", "tls://10.0.0.9:5"),
+        ("::", "nats://127.0.0.1:5"),
+        ("fd00::9", "tls://[fd00::9]:5"),
     ):
         assert NatsServer(tmp_path, authority, host=host, port=5).url == url
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", ""])
+def test_other_machines_are_told_a_name_that_the_certificate_holds(tmp_path: Path, address: str) -> None:
+    if not server_module._is_free(address, 0):
+        pytest.skip("this machine has no IPv6")
+    authority = Authority.open(tmp_path / "authority")
+    server = NatsServer(tmp_path / "nats", authority, host=address)
+    server.start()
+    try:
+        (url,) = urls_for_nodes([server.url], address)
+        assert url == f"tls://{platform.node()}:{server.port}" and reach_beyond([url])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=authority.ca_pem)
+        with (  # dialled by address: here the name may resolve to nothing
+            socket.create_connection(("127.0.0.1", server.port)) as plain,
+            context.wrap_socket(plain, server_hostname=platform.node()) as secure,
+        ):
+            assert secure.recv(5) == b"INFO "
+    finally:
+        server.stop()
+
+
+def test_other_urls_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = ["nats://127.0.0.1:5"], ["tls://fabric.example.org:5"]
+    assert urls_for_nodes(here, "127.0.0.1") == here and not reach_beyond(here)
+    assert urls_for_nodes(there, "127.0.0.1") == there and reach_beyond(there)
+    assert urls_for_nodes(there, "0.0.0.0") == there  # a server of somebody else
+    monkeypatch.setattr(platform, "node", lambda: "localhost")  # which is no name for others
+    assert "localhost" not in str(urls_for_nodes(here, "0.0.0.0")) or not certificates._outward_address()
 
 
 def test_a_port_in_use_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

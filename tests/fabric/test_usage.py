@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from springtide.core import wire
 from springtide.core.errors import SetupError
-from springtide.core.request import Usage
+from springtide.core.request import Attempt, Usage
 from springtide.fabric import subjects
 from springtide.fabric.connection import Fabric
 from springtide.fabric.credentials import Credentials
+from springtide.fabric.server import MAX_PAYLOAD
 from springtide.fabric.usage import UsageReader, UsageWriter
 from tests.fabric.conftest import World, until
 
 
-def usage(number: int) -> Usage:
+def attempts(count: int) -> list[Attempt]:
+    return [
+        Attempt(
+            number=number,
+            node="a-node-with-a-name-of-some-length",
+            replica=f"replica-{number}",
+            started=1.0,
+            ended=2.0,
+            outcome="failed",
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+def usage(number: int, num_attempts: int = 0) -> Usage:
     return Usage(
+        attempts=attempts(num_attempts),
         request_id=f"r{number}",
         tenant="t",
         key_id="k",
@@ -146,6 +164,96 @@ async def test_a_batch_whose_acknowledgement_was_lost_is_not_doubled(world: Worl
     writer._drain_now.set()
     await until(lambda: not list(spool.iterdir()))
     assert await drain(UsageReader(fabric), 1) == ["r1"]
+    await writer.stop()
+
+
+async def test_batches_are_bounded_in_bytes_too(world: World) -> None:
+    fabric = await world.platform()
+    writer, reader = UsageWriter(fabric, world.directory / "spool"), UsageReader(fabric)
+    records = [usage(number, num_attempts=300) for number in range(300)]
+    assert len(wire.pack(records)) > MAX_PAYLOAD  # of which one message could not be made
+    await asyncio.gather(*(writer.record(record) for record in records))
+    assert writer.counters["spooled"] == 0
+
+    sizes: list[int] = []
+    found: dict[str, Usage] = {}
+    while len(found) < len(records):
+        batch = await reader.fetch(max=4)
+        sizes += [len(message.data) for message in batch._messages]
+        found |= {record.request_id: record for record in batch.records}
+        await batch.ack()
+    assert max(sizes) < 2**20
+    assert found == {record.request_id: record for record in records}
+    await writer.stop()
+
+
+async def test_a_record_larger_than_a_batch_goes_alone(world: World) -> None:
+    fabric = await world.platform()
+    writer, reader = UsageWriter(fabric, world.directory / "spool"), UsageReader(fabric)
+    records = [usage(1), usage(2, num_attempts=20_000), usage(3)]
+    assert 2**20 < len(wire.pack(records[1])) < MAX_PAYLOAD
+    await asyncio.gather(*(writer.record(record) for record in records))
+    assert writer.counters["spooled"] == 0
+    messages = []
+    while len(messages) < 3:
+        batch = await reader.fetch()
+        messages += [[record.request_id for record in wire.unpack(m.data, list[Usage])] for m in batch._messages]
+        await batch.ack()
+    assert messages == [["r1"], ["r2"], ["r3"]]
+    await writer.stop()
+
+
+@pytest.mark.parametrize("headers_tip_it", [False, True])
+async def test_a_record_that_no_message_holds_is_put_aside_and_said(
+    world: World, caplog: pytest.LogCaptureFixture, headers_tip_it: bool
+) -> None:
+    """With headers the server counts more than the client library does, and would cut the connection."""
+    fabric = await world.platform()
+    spool = world.directory / "spool"
+    writer, reader = UsageWriter(fabric, spool), UsageReader(fabric)
+    record = usage(1)
+    excess = MAX_PAYLOAD - len(wire.pack([msgspec.structs.replace(record, model="m" * 2**20)])) + 2**20
+    record = msgspec.structs.replace(record, model="m" * (excess if headers_tip_it else 2 * excess))
+    assert (len(wire.pack([record])) <= MAX_PAYLOAD) == headers_tip_it
+    with caplog.at_level(logging.ERROR):
+        await asyncio.gather(writer.record(record), writer.record(usage(2)))
+        assert await drain(reader, 1) == ["r2"]
+        await until(lambda: writer.counters["set_aside"])
+    (file,) = spool.iterdir()
+    assert file.name.endswith(".usage.unsendable")
+    assert wire.unpack(file.read_bytes(), list[Usage]) == [record]
+    (logged,) = [entry.getMessage() for entry in caplog.records if entry.name == "springtide.fabric.usage"]
+    assert str(file) in logged and "not counted" in logged
+    assert fabric.counters["reconnects"] + fabric.counters["reopened"] == 0
+    await writer.stop()
+
+
+async def test_a_file_that_can_not_be_sent_does_not_hold_up_the_others(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    fabric = await world.platform()
+    spool = world.directory / "spool"
+    spool.mkdir()
+    too_large = wire.pack([usage(1, num_attempts=100_000)])
+    assert len(too_large) > MAX_PAYLOAD
+    (spool / "a.usage").write_bytes(too_large)
+    (spool / "b.usage").write_bytes(b"\xc1 no record")
+    (spool / "c.usage").mkdir()  # can't be read, as on a disk with a fault
+    (spool / "d.usage").write_bytes(wire.pack([usage(4)]))
+    writer = UsageWriter(fabric, spool)
+    with caplog.at_level(logging.ERROR):
+        await writer.start()
+        assert await drain(UsageReader(fabric), 1) == ["r4"]
+        await until(lambda: writer.counters["drained"])
+    names = {"a.usage.unsendable", "b.usage.unsendable", "c.usage"}
+    assert {file.name for file in spool.iterdir()} == names
+    assert (spool / "a.usage.unsendable").read_bytes() == too_large
+    logged = [entry.getMessage() for entry in caplog.records if entry.name == "springtide.fabric.usage"]
+    assert len(logged) == 3 and all(name in text for name, text in zip(sorted(names), logged, strict=True))
+
+    (spool / "c.usage").rmdir()
+    (spool / "c.usage").write_bytes(wire.pack([usage(3)]))  # it can be read again
+    assert await drain(UsageReader(fabric), 1) == ["r3"]
     await writer.stop()
 
 

@@ -13,6 +13,7 @@ from springtide.core.errors import ContextTooLong, InvalidRequest, SetupError
 from springtide.core.request import Message, SamplingParams
 from springtide.fleet.mock_engine import MockConfig, MockEngine, verify_chain
 from springtide.fleet.mock_text import END_ID, FIRST_WORD_ID, NUM_WORDS, MockTokenizer, read_words
+from springtide.policy.scheduler import Scheduled
 
 PROMPT = list(b"What is a spring tide?")
 
@@ -114,6 +115,38 @@ def test_what_can_never_run_is_refused():
         engine.add(sequence(prompt=[10**9]))
     with pytest.raises(InvalidRequest):  # the context would do, the blocks never
         engine.add(sequence(max_tokens=30))
+
+
+def test_a_step_takes_what_its_law_says():
+    law = MockConfig(step_base_ms=10, step_per_seq_ms=2, prefill_tok_s=1000)
+    decoding = [Scheduled(f"d{n}", start=30, count=1, samples=True) for n in range(3)]
+    prompts = [Scheduled("p", start=0, count=40, samples=True), Scheduled("chunk", start=8, count=60, samples=False)]
+    assert law.step_time([]) == pytest.approx(0.010)
+    assert law.step_time(decoding) == pytest.approx(0.016)
+    assert law.step_time(decoding + prompts) == pytest.approx(0.010 + 5 * 0.002 + 0.100)
+    assert MockConfig(step_base_ms=10, step_per_seq_ms=2).step_time(decoding + prompts) == pytest.approx(0.020)
+    several = MockConfig(prefill_tok_s=1000, tokens_per_step=4)
+    answer = Scheduled("a", start=30, count=4, samples=True)
+    assert several.step_time([answer]) == 0 and several.step_time([answer, *prompts]) == pytest.approx(0.100)
+
+
+def test_each_step_takes_its_time_once():
+    slept: list[float] = []
+    config = MockConfig(step_base_ms=10, step_per_seq_ms=1, prefill_tok_s=1000)
+    engine = MockEngine(config=config, sleep=slept.append)
+    engine.add(sequence("long", max_tokens=4))
+    engine.add(sequence("short", max_tokens=2))
+    run(engine)
+    prefill = 2 * len(PROMPT) / 1000
+    assert slept == pytest.approx([0.012 + prefill, 0.012, 0.011, 0.011])
+
+
+def test_without_a_law_no_step_sleeps():
+    slept: list[float] = []
+    engine = MockEngine(sleep=slept.append)
+    engine.add(sequence())
+    run(engine)
+    assert slept == []
 
 
 def test_unknown_options_name_the_nearest():

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from springtide.core.cluster import Replica
 from springtide.core.engine_api import SequenceOutput
 from springtide.core.ids import new_id
 from springtide.core.request import ChoiceOutput, Delta, End, Message, Request, SamplingParams
+from springtide.core.store import ModelFiles
 from springtide.core.wire import unescape_json
 from springtide.fabric.connection import Fabric
 from springtide.fabric.presence import PresenceView
@@ -22,6 +29,7 @@ from springtide.fleet.announcer import Announcer
 from springtide.fleet.mock_engine import MockConfig, MockEngine, chain, verify_chain
 from springtide.fleet.mock_text import END_ID, MockTokenizer, read_words, word
 from springtide.fleet.replica_host import ReplicaHost
+from springtide.text.tokenizer import Tokenizer, TokenizerLike
 from tests.fleet.conftest import World, until
 
 NODE, REPLICA = "n1", "r1"
@@ -57,12 +65,14 @@ class Stage:
         self._node_fabric = node_fabric
         self._closing: list[ReplicaHost] = []
 
-    async def host(self, engine: MockEngine | None = None, **config: object) -> ReplicaHost:
+    async def host(
+        self, engine: MockEngine | None = None, *, text: TokenizerLike = tokenizer, **config: object
+    ) -> ReplicaHost:
         engine = engine or MockEngine(config=MockConfig.from_options(config))
         replica = Replica(id=REPLICA, node=NODE, model="mock", engine="mock", state="starting")
         self.announcer = Announcer(self._node_fabric, replica)
         await self.announcer.start()
-        host = ReplicaHost(self._node_fabric, self.announcer, engine, tokenizer)
+        host = ReplicaHost(self._node_fabric, self.announcer, engine, text)
         await host.start()
         await self._node_fabric.flush()  # its ear is at the server now
         self._closing.append(host)
@@ -242,6 +252,33 @@ async def test_a_request_that_can_not_be_done_is_refused_before_any_token(
     assert len((await stage.ask(chat())).tokens()) == 12  # and nothing has suffered
 
 
+def looping_tokenizer(folder: Path) -> Tokenizer:
+    """A model's tokenizer from files, one token for each byte, with a chat template that never comes to its end."""
+    names = sorted(ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(BPE(vocab={name: id for id, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": loop}))
+    return Tokenizer.load(ModelFiles("loop", str(folder), folder, "safetensors", "sha256:"))
+
+
+async def test_a_chat_template_that_never_ends_costs_its_own_request_and_no_other(stage: Stage, tmp_path: Path):
+    await stage.host(text=looping_tokenizer(tmp_path))
+    for _ in range(2):  # the first is rendered in the event loop; from then on it is known to be slow
+        heard = await stage.ask(chat())
+        assert heard.end is not None and heard.end.error is not None and heard.end.outcome == "failed"
+        assert (heard.end.error.status, heard.end.error.param) == (400, "messages")
+        assert "chat template was stopped" in heard.end.error.message
+        assert not heard.deltas
+        load = stage.announcer.replica.load
+        assert load.blocks_free == load.blocks_total > 0 and load.running == load.waiting == 0
+        served = await stage.ask(completion("hi"))
+        assert len(served.tokens()) == 12 and served.end is not None and served.end.outcome == "finished"
+        await until(lambda: not stage.announcer.replica.load.running)
+
+
 async def test_cancelling_frees_the_blocks(stage: Stage):
     await stage.host(step_base_ms=5)
     view = PresenceView(stage.platform)
@@ -379,3 +416,22 @@ async def test_closing_ends_what_is_open(stage: Stage, tmp_path: Path):
     await host.close()
     heard = await running
     assert heard.end is not None and heard.end.outcome == "failed"
+
+
+async def test_a_long_prompt_is_accepted_before_its_first_token(stage: Stage) -> None:
+    entered = asyncio.Event()
+    loop, release = asyncio.get_running_loop(), threading.Event()
+
+    def long_step(_: float) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        release.wait(30)
+
+    await stage.host(MockEngine(config=MockConfig(step_base_ms=1), sleep=long_step))
+    stream = await stage.open(chat())
+    try:
+        await entered.wait()
+        (frame,) = await stream.frames()  # while the step still runs
+        assert (frame.number, frame.deltas, frame.end) == (0, [], None)
+    finally:
+        release.set()
+    assert (await listen(stream)).finish_reason() == "length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import stat
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -52,7 +53,9 @@ class Admin:
         return answer if status == 200 else answer["error"]["message"]
 
 
-async def serve(cloud: Cloud, ledger: Ledger | None, *, signs: bool = True) -> AsyncIterator[Admin]:
+async def serve(
+    cloud: Cloud, ledger: Ledger | None, *, signs: bool = True, fabric_url: str = ""
+) -> AsyncIterator[Admin]:
     fabric = cloud.platform
     presence = PresenceView(fabric)
     await presence.start()
@@ -64,7 +67,7 @@ async def serve(cloud: Cloud, ledger: Ledger | None, *, signs: bool = True) -> A
         Registry(fabric, subjects.INTENTS, NodeIntent),
         cloud.authority if signs else None,
         fabric,
-        [cloud.nats.url],
+        [fabric_url or cloud.nats.url],
         token,
     )
     listener = Listener(api, "127.0.0.1", 0, limits=LIMITS)
@@ -249,8 +252,31 @@ async def test_a_node_token_lets_a_machine_join(admin: Admin) -> None:
     left = datetime.fromisoformat(answer["expires"]) - datetime.now(UTC)
     assert 500 < left.total_seconds() <= 600
     assert JoinToken.decode(answer["token"]).urls == [admin.cloud.nats.url]
+    assert "only this machine" in answer["note"]  # this server listens on loopback
     for ttl in (0, -1, 1e9):
         assert "ttl_s" in await admin("POST", "/node-tokens", {"ttl_s": ttl}, status=400)
+
+
+async def test_a_node_token_for_other_machines_says_no_more_than_it_must(cloud: Cloud) -> None:
+    url = "tls://fabric.example.org:4222"
+    async for admin in serve(cloud, cloud.ledger, fabric_url=url):
+        answer = await admin("POST", "/node-tokens")
+        assert answer["url"] == url and JoinToken.decode(answer["token"]).urls == [url]
+        assert "note" not in answer
+
+
+async def test_where_the_fabric_listens_everywhere_a_node_token_names_this_machine(cloud: Cloud) -> None:
+    async with cloud.gateway(fabric_host="0.0.0.0"):
+        token = (cloud.directory / "admin.token").read_text().strip()
+        async with httpx.AsyncClient(
+            base_url=(cloud.directory / "admin.url").read_text().strip(),
+            headers={"authorization": f"Bearer {token}"},
+            trust_env=False,
+        ) as client:
+            answer = (await client.post("/node-tokens", json={})).json()
+    url = f"tls://{platform.node()}:{cloud.nats.port}"
+    assert answer["url"] == url and JoinToken.decode(answer["token"]).urls == [url]
+    assert "note" not in answer
 
 
 async def test_a_process_without_ledger_or_authority_says_so(bare_admin: Admin) -> None:

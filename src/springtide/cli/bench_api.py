@@ -45,7 +45,7 @@ class Load(NamedTuple):
 
 LATENCY = [Load(streams, 15, STEP_MS, 2 * STEP_MS) for streams in (1, 32, 200)]
 # With the role and the finish, 15 tokens are 17 SSE chunks, as in the marks that others publish.
-SATURATION = [Load(64, 15, 0.0, 0.0), Load(64, 254, 0.0, 0.0)]
+BACK_TO_BACK = [Load(1, 15, 0.0, 0.0), Load(64, 15, 0.0, 0.0), Load(64, 254, 0.0, 0.0)]
 
 
 class _Connection(asyncio.Protocol):
@@ -216,7 +216,7 @@ def _percentile(values: list[float], share: float) -> float:
 def run(seconds: float, runs: int, json_file: Path | None) -> None:
     """Measure, print the table, write the JSON."""
     rows: list[dict[str, Any]] = []
-    for loads in (LATENCY, SATURATION):
+    for loads in (BACK_TO_BACK, LATENCY):
         with _platform(loads[0].step_ms, max_num_seqs=512) as (port, key, pid):
             _measure(port, key, pid, loads[0]._replace(streams=8), 2.0)  # warm-up
             for load in loads:
@@ -254,9 +254,9 @@ def _row(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    short, long = rows[-2:]
+    one, short, long = rows[:3]
     return [
-        figure("added latency p50 at 1 stream", rows[0]["added_ttft_ms_p50"], "ms", 2.0, better="lower"),
+        figure("added latency p50 at 1 stream, back to back", one["added_ttft_ms_p50"], "ms", 2.0, better="lower"),
         figure("requests/s of 17 chunks, one gateway, all on these cores", short["requests_s"], "1/s", 4000),
         figure("requests of 17 chunks per CPU second of the gateway", short["requests_per_gateway_cpu_s"], "1/s", 4000),
         figure("SSE chunks/s, one gateway, all on these cores", long["chunks_s"], "1/s", 100_000),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,13 @@ models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
 _REQUEST_COLUMNS = ["request_id", "model", "outcome", "prompt_tokens", "completion_tokens", "cached_tokens"]
+
+
+class Privacy(StrEnum):
+    """`core.cluster.PrivacyClass`, as an option can offer it."""
+
+    TRUSTED = "trusted"
+    ANY = "any"
 
 
 def _print_json(value: Any) -> None:
@@ -251,11 +259,18 @@ def keys_create(
     name: Annotated[str, typer.Argument(help="A name to recognise it by.")] = "",
     tenant: Annotated[str, typer.Option(help="Whose key; a new tenant is made.")] = "default",
     weight: Annotated[float | None, typer.Option(help="The tenant's share under load.")] = None,
+    privacy: Annotated[
+        Privacy | None, typer.Option(help="On whose nodes the tenant's prompts may run.", show_default="trusted")
+    ] = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown once."""
-    body = {"name": name, "tenant": tenant} | ({} if weight is None else {"weight": weight})
+    body: dict[str, Any] = {"name": name, "tenant": tenant}
+    if weight is not None:
+        body["weight"] = weight
+    if privacy is not None:
+        body["privacy"] = privacy.value
     answer = AdminClient.of(settings(data_dir=data_dir).data_path).call("POST", "/keys", body)
     _print_json(answer) if as_json else print(answer["key"])
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,9 @@ def token(
 ) -> None:
     """Make a token with which one machine can join, once."""
     answer = AdminClient.of(settings(data_dir=data_dir).data_path).call("POST", "/node-tokens", {"ttl_s": ttl})
+    if note := answer.get("note"):  # not on stdout, which holds the token alone where it is read by a program
+        print(f"note: {note}", file=sys.stderr)
+        print("hint: start the platform with --fabric-host ADDRESS (0.0.0.0 for all of them)", file=sys.stderr)
     if as_json:
         return _print_json(answer)
     print(answer["token"])

@@ -345,7 +345,7 @@ def banner(state: RunState, data_dir: Path) -> str:
     """What a newcomer needs: base URL, key, and a curl line that works as printed."""
     key = (data_dir / "api_key").read_text().strip()
     question = '[{"role": "user", "content": "What is a spring tide?"}]'
-    body = '{"model": "%s", "stream": true, "max_completion_tokens": 200, "messages": %s}'
+    body = '{"model": "%s", "stream": true, "max_completion_tokens": 200, "temperature": 0.2, "messages": %s}'
     insecure = "-k " if state.url.startswith("https") else ""
     note = f"\nNote: {state.note}\n" if state.note else ""
     return f"""

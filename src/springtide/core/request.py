@@ -56,7 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         self._check_range("temperature", 0.0, 2.0)
         self._check_range("top_p", 0.0, 1.0, open_low=True)
         self._check_range("min_p", 0.0, 1.0)
-        self._check_range("repetition_penalty", 0.0, 10.0, open_low=True)
+        self._check_range("repetition_penalty", 0.01, 10.0)  # it divides: by less, scores leave their number type
         self._check_range("presence_penalty", -2.0, 2.0)
         self._check_range("frequency_penalty", -2.0, 2.0)
         self._check_range("top_k", 0, 2**31 - 1)

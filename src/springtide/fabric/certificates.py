@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import platform
 import socket
 from collections.abc import Iterable
 
@@ -61,8 +62,14 @@ def still_good(certificate_pem: str, hosts: Iterable[str]) -> bool:
 
 def local_hosts(extra: Iterable[str] = ()) -> list[str]:
     """What this machine may be called by those who dial it."""
-    hosts = ["localhost", "127.0.0.1", socket.gethostname(), _outward_address(), *extra]
+    hosts = ["localhost", "127.0.0.1", own_name(), socket.gethostname(), _outward_address(), *extra]
     return sorted({host for host in hosts if host and host not in ("0.0.0.0", "::")})
+
+
+def own_name() -> str:
+    """What other machines call this one, unless they were told better: its host name."""
+    name = platform.node()
+    return name if name not in ("", "localhost") else _outward_address() or "localhost"
 
 
 def _outward_address() -> str:

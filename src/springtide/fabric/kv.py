@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the connection itself uses this module
 
 _WRONG_LAST_SEQUENCE = 10071  # JetStream's error codes
 _NAME_IN_USE = 10058
+_MESSAGE_TOO_LARGE = 10054
 _BATCH = 1000
+_HEADER_FRAME = 12  # bytes around a message's headers
 _SECOND = 10**9  # JetStream counts nanoseconds
 
 PRESENCE_TTL_S = 10.0
@@ -34,6 +36,10 @@ class Conflict(Exception):
 
 class Unavailable(Exception):
     """JetStream did not answer, or not well. The write may or may not have happened."""
+
+
+class TooLarge(Unavailable):
+    """The message is larger than the server takes: it was not sent, and never will be."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -71,6 +77,7 @@ async def publish_stored(
 
     Raises:
         Conflict: an expected sequence was not the last.
+        TooLarge: more than the server takes in one message.
         Unavailable: no acknowledgement within `timeout` seconds.
     """
     return (await _ask(fabric, subject, data, headers, timeout)).seq
@@ -254,6 +261,10 @@ async def _create_stream(fabric: Fabric, config: dict[str, Any]) -> None:
 
 
 async def _ask(fabric: Fabric, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float) -> _Answer:
+    # Headers count: nats-py looks at the data alone, and a server cuts the connection of one that sends too much.
+    size = len(data) + sum(len(name) + len(value) + 4 for name, value in (headers or {}).items()) + _HEADER_FRAME
+    if fabric.connected and size > fabric.nc.max_payload:
+        raise TooLarge(f"{subject}: {size} bytes are more than the {fabric.nc.max_payload} of the server")
     try:
         message = await fabric.request(subject, data, timeout=timeout, headers=headers)
         answer = _answers.decode(message.data)
@@ -263,4 +274,6 @@ async def _ask(fabric: Fabric, subject: str, data: bytes, headers: dict[str, str
         return answer
     if answer.error.err_code in (_WRONG_LAST_SEQUENCE, _NAME_IN_USE):
         raise Conflict(answer.error.description)
+    if answer.error.err_code == _MESSAGE_TOO_LARGE:
+        raise TooLarge(f"{subject}: {answer.error.description}")
     raise Unavailable(f"{subject}: {answer.error.description}")

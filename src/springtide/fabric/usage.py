@@ -2,7 +2,8 @@
 
 A batch of records is one message with an id of its own. If its acknowledgement does not come in time the batch
 goes to a spool file under that id and is sent again from there: JetStream drops a repetition of the last hour,
-and the ledger, which knows each request's id, any other.
+and the ledger, which knows each request's id, any other. A file that can never be sent is put aside in the spool
+under another name, for an operator to look at: the others go on, and nothing is thrown away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from springtide.core.request import Usage
 from springtide.fabric import subjects
 from springtide.fabric.connection import Fabric
 from springtide.fabric.files import private_directory, write_private
-from springtide.fabric.kv import Unavailable, publish_stored
+from springtide.fabric.kv import TooLarge, Unavailable, publish_stored
 from springtide.fabric.tasks import end
 
 log = logging.getLogger(__name__)
@@ -35,23 +36,36 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 2.0  # for the stream, before the spool takes over
 _TRY_S = 0.5
 _MAX_BATCH = 1000
+# Of packed records in one message: what any NATS server takes by default, less the headers. A record has no bound
+# of its own (each attempt is a fact); one that is larger goes alone.
+_MAX_BATCH_BYTES = 2**20 - 4096
 _SUFFIX = ".usage"
+_ASIDE_SUFFIX = ".unsendable"  # behind the other one, so that a file that was put right is sent once renamed back
 
 
 class _Waiting:
-    """Records of one message, and who waits for it."""
+    """Records of one message, packed, and who waits for it."""
 
     def __init__(self) -> None:
         self.id = secrets.token_hex(12)
-        self.records: list[Usage] = []
+        self.records: list[msgspec.Raw] = []
+        self.size = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def has_room(self, packed: bytes) -> bool:
+        return len(self.records) < _MAX_BATCH and self.size + len(packed) <= _MAX_BATCH_BYTES
+
+    def add(self, packed: bytes) -> None:
+        self.records.append(msgspec.Raw(packed))
+        self.size += len(packed)
 
 
 class UsageWriter:
     """One per gateway process. `spool` is a folder; several processes may share it. Starts with its first record,
     if not before.
 
-    `counters`: records, batches, spooled (records), drained (batches sent from the spool).
+    `counters`: records, batches, spooled (records), drained (batches sent from the spool), set_aside (batches that
+    can't be sent).
     """
 
     def __init__(self, fabric: Fabric, spool: Path) -> None:
@@ -62,6 +76,7 @@ class UsageWriter:
         self._draining: asyncio.Task[None] | None = None
         self._drain_now = asyncio.Event()
         self._down = False
+        self._reported: set[str] = set()  # names of files that can't be read
         self.counters: Counter[str] = Counter()
 
     async def start(self) -> None:
@@ -83,7 +98,7 @@ class UsageWriter:
         await end(self._draining)
 
     async def record(self, usage: Usage) -> None:
-        """Returns once the record is safe. Records made at the same time share one message.
+        """Returns once the record is safe. Records made at the same time share messages.
 
         Raises:
             SetupError: neither the stream nor the disk took it.
@@ -91,10 +106,11 @@ class UsageWriter:
         self.counters["records"] += 1
         if self._draining is None:
             await self.start()
-        if not self._waiting or len(self._waiting[-1].records) >= _MAX_BATCH:
+        packed = wire.pack(usage)
+        if not self._waiting or not self._waiting[-1].has_room(packed):
             self._waiting.append(_Waiting())
         batch = self._waiting[-1]
-        batch.records.append(usage)
+        batch.add(packed)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send_waiting(), name="usage")
         await asyncio.shield(batch.done)
@@ -116,21 +132,29 @@ class UsageWriter:
     async def _keep(self, batch_id: str, data: bytes, count: int) -> None:
         """In the stream, or on disk."""
         self.counters["batches"] += 1
+        if await self._sent(batch_id, data):
+            return
+        private_directory(self._spool)
+        await asyncio.to_thread(write_private, self._spool / f"{batch_id}{_SUFFIX}", data)
+        self.counters["spooled"] += count
+        self._drain_now.set()
+
+    async def _sent(self, batch_id: str, data: bytes) -> bool:
+        """Whether the stream has it; false once our patience has ended, or at once where that can't help."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE_S
         while not self._down or self._fabric.connected:
             try:
                 await self._publish(batch_id, data)
-                return
+                return True
+            except TooLarge:
+                return False  # the spool's own round puts it aside, and says so
             except Unavailable as error:
                 if asyncio.get_running_loop().time() + _TRY_S > deadline:
                     log.warning("usage goes to the spool: %s", error)
                     break
                 await asyncio.sleep(0.05)
         self._down = True
-        private_directory(self._spool)
-        await asyncio.to_thread(write_private, self._spool / f"{batch_id}{_SUFFIX}", data)
-        self.counters["spooled"] += count
-        self._drain_now.set()
+        return False
 
     async def _publish(self, batch_id: str, data: bytes) -> None:
         headers = {"Nats-Msg-Id": batch_id}
@@ -151,16 +175,57 @@ class UsageWriter:
                 wait = min(5.0, 2 * wait)
 
     async def _drain_once(self) -> bool:
-        """Whether the spool is empty now."""
+        """Send all that can be sent; whether nothing is left that is worth another try."""
+        done = True
         for file in sorted(self._spool.glob(f"*{_SUFFIX}")):
             try:
-                await self._publish(file.stem, file.read_bytes())
-                file.unlink()
-                self.counters["drained"] += 1
+                done &= await self._send_file(file)
             except FileNotFoundError:
                 pass  # another process of this machine was faster
+            except TooLarge as error:
+                done &= self._set_aside(file, error)
             except (Unavailable, OSError):
                 return False
+        return done
+
+    async def _send_file(self, file: Path) -> bool:
+        """Whether it is settled: sent, or put aside. False: it can't be read, now at least; that is its own
+        trouble, and the others don't wait for it.
+
+        Raises:
+            FileNotFoundError, TooLarge, Unavailable
+            OSError: it was sent and can't be removed.
+        """
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if file.name not in self._reported:
+                self._reported.add(file.name)
+                log.error("the usage records in %s can't be read, and are not counted yet: %s", file, error)
+            return False
+        try:
+            wire.unpack(data, list[Usage])
+        except msgspec.MsgspecError as error:  # whoever reads the stream would have to drop it
+            return self._set_aside(file, error)
+        await self._publish(file.stem, data)
+        file.unlink()
+        self.counters["drained"] += 1
+        return True
+
+    def _set_aside(self, file: Path, error: Exception) -> bool:
+        """Move a file that can never be sent out of the way. Whether that worked."""
+        aside = file.with_name(file.name + _ASIDE_SUFFIX)
+        try:
+            file.rename(aside)
+        except FileNotFoundError:
+            return True  # another process of this machine did it
+        except OSError as problem:
+            log.error("the usage records in %s can't be sent (%s), nor moved aside: %s", file, error, problem)
+            return False
+        self.counters["set_aside"] += 1
+        log.error("usage records can't be sent and are not counted; they are kept in %s: %s", aside, error)
         return True
 
 

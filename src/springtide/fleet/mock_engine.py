@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -66,6 +66,13 @@ class MockConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SetupError(f"the option {name} of the mock engine is {value}; it must be at least 1")
+
+    def step_time(self, items: Sequence[Scheduled]) -> float:
+        """Seconds that a step with these items takes. More tokens of a sequence than a step can yield are prompt."""
+        seconds = (self.step_base_ms + self.step_per_seq_ms * len(items)) / 1000
+        if self.prefill_tok_s:
+            seconds += sum(item.count for item in items if item.count > self.tokens_per_step) / self.prefill_tok_s
+        return seconds
 
 
 class Chain:
@@ -126,9 +133,12 @@ class _Sequence:
 
 
 class MockEngine:
-    """Implements `core.engine_api.Engine`."""
+    """Implements `core.engine_api.Engine`. `sleep` is how a step takes its time."""
 
-    def __init__(self, model: str = "mock", config: MockConfig | None = None) -> None:
+    def __init__(
+        self, model: str = "mock", config: MockConfig | None = None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._sleep = sleep
         self.config = config = config or MockConfig()
         blocks_per_context = -(-config.context_length // BLOCK_SIZE)
         num_blocks = config.num_blocks or config.max_num_seqs * blocks_per_context
@@ -191,7 +201,9 @@ class MockEngine:
     def step(self) -> list[SequenceOutput]:
         """See `Engine.step`."""
         batch = self._scheduler.schedule()
-        self._take_time(batch.items)
+        seconds = self.config.step_time(batch.items)
+        if seconds > 0:
+            self._sleep(seconds)
         outputs = [self._extend(self._sequences[item.id]) for item in batch.items if item.samples]
         finished = [output.id for output in outputs if output.finish_reason]
         self._scheduler.update(batch, {output.id: len(output.token_ids) for output in outputs}, finished)
@@ -205,14 +217,6 @@ class MockEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-
-    def _take_time(self, items: Sequence[Scheduled]) -> None:
-        config = self.config
-        seconds = (config.step_base_ms + config.step_per_seq_ms * len(items)) / 1000
-        if config.prefill_tok_s:
-            seconds += sum(item.count for item in items if item.count > config.tokens_per_step) / config.prefill_tok_s
-        if seconds > 0:
-            time.sleep(seconds)
 
     def _extend(self, sequence: _Sequence) -> SequenceOutput:
         """The next tokens of one sequence."""

@@ -27,6 +27,7 @@ from springtide.text.tokenizer import TokenizerLike
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING_PER_SEAT = 8  # sequences that may wait, for each that may run; then others should have them
+_ACCEPT_WITHIN_S = 0.2  # a gateway that hears nothing for a second sends the opening again
 _MAX_INLINE_BYTES = 2048  # shorter texts are not worth the way to another thread and back
 _SLOW_INLINE_S = 0.05  # a template that once took longer is never again rendered in the event loop
 
@@ -150,6 +151,8 @@ class ReplicaHost:
             self._by_sequence[choice.sequence.id] = answer, choice
         self._engine.submit([choice.sequence for choice in answer.running])
         self._send(answer)
+        # The acceptance rides with the first token; if that takes long (a long prompt), it goes ahead.
+        asyncio.get_running_loop().call_later(_ACCEPT_WITHIN_S, self._unsent.set)
 
     # -- what the engine gives -----------------------------------------------------------------------------
 

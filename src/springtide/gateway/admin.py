@@ -15,7 +15,8 @@ JSON, an unknown field is an error, and errors are OpenAI's error object.
 
     GET    /nodes                 [Node and "drain": whether it was told to], those that are alive
     POST   /nodes/ID/drain        {"drain"?: true} -> {"node","drain"}; false: it may serve again
-    POST   /node-tokens           {"ttl_s"?: 3600} -> {"token","url","expires"}: lets one machine join, once
+    POST   /node-tokens           {"ttl_s"?: 3600} -> {"token","url","expires","note"?}: lets one machine join, once;
+                                  "note": only this machine can, since the fabric is not reachable from others
 
     GET    /tenants               [Tenant]
     PUT    /tenants/NAME          {"weight"?,"privacy"?} -> Tenant, made or changed
@@ -60,6 +61,7 @@ from springtide.fabric.authority import Authority
 from springtide.fabric.connection import Fabric
 from springtide.fabric.desired import NodeIntent, Registry
 from springtide.fabric.presence import PresenceView
+from springtide.fabric.server import reach_beyond
 from springtide.gateway.http import ByteBudget, ClientGone, Cors, Exchange, Receive, Scope, Send
 from springtide.ledger.keys import DEFAULT_TENANT, ApiKey, NotFound, check_name
 from springtide.ledger.private_file import read_or_create
@@ -356,7 +358,10 @@ class AdminApi:
             raise InvalidRequest(f"ttl_s is {ttl:g}; it must lie in (0, {MAX_TOKEN_TTL_S:g}]", param="ttl_s")
         token = self._authority.join_token(self._fabric_urls, ttl=ttl)
         expires = datetime.fromtimestamp(time.time() + ttl, UTC)
-        return {"token": token, "url": self._fabric_urls[0], "expires": expires}
+        answer = {"token": token, "url": self._fabric_urls[0], "expires": expires}
+        if not reach_beyond(self._fabric_urls):
+            answer["note"] = "the fabric listens on loopback, so only this machine can join with this token"
+        return answer
 
     # Who may ask.
 

@@ -1,8 +1,8 @@
 """Who runs a request, and what becomes of it there: the queue, the attempts, the loss of replicas.
 
 Knows replicas and frames; nothing of HTTP or of OpenAI. A request waits here, in the order of arrival for
-each model, until the router finds it a replica. While nothing of an answer has been handed out, a lost
-attempt is repeated, elsewhere if there is an elsewhere.
+each model, until the router finds it a replica. While nothing of an answer has been sent to the client, a lost
+attempt is repeated from the beginning, elsewhere if there is an elsewhere.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ReplicaKey(NamedTuple):
 
 
 class Transcript:
-    """What has been handed out, per choice: escaped text and token ids, enough for another replica to go on."""
+    """What an attempt has said, per choice: escaped text and token ids, enough for another replica to go on."""
 
     def __init__(self, choices: int) -> None:
         self._texts: list[list[bytes]] = [[] for _ in range(choices)]
@@ -109,8 +109,8 @@ class Dispatcher:
         self._seen_started = self._alive()  # as last looked at
         presence.on_change(self._presence_changed)
 
-    def dispatch(self, request: Request) -> Dispatch:
-        return Dispatch(self, request)
+    def dispatch(self, request: Request, on_start_over: Callable[[], None]) -> Dispatch:
+        return Dispatch(self, request, on_start_over)
 
     def replicas(self, model: str) -> list[Replica]:
         """The living replicas of a model."""
@@ -226,9 +226,9 @@ class Dispatcher:
             self._pump(model)
 
     def _replica_gone(self, key: ReplicaKey) -> None:
-        """Requests that can still be repeated don't wait; the others give it a moment to come back."""
+        """Requests that lose nothing by it begin elsewhere at once; the others give it a moment to come back."""
         if self._silence_counts():
-            self._lose(key, "the replica is gone", which=lambda dispatch: not dispatch.delivered)
+            self._lose(key, "the replica is gone", which=lambda dispatch: not dispatch.transcript.tokens)
             asyncio.get_running_loop().call_later(RETURN_GRACE_S, self._lose_if_still_gone, key)
 
     def _lose_if_still_gone(self, key: ReplicaKey) -> None:
@@ -256,29 +256,31 @@ class Dispatcher:
 class Dispatch:
     """One request on its way: attempts, one after another, until one of them ends.
 
-    `replica` is where the current or last attempt runs. `attempts` holds the attempts that are over.
-    `delivered` is whether something of an answer has been handed out.
+    `replica` is where the current or last attempt runs. `attempts` holds the attempts that are over. `sent` is
+    for whoever writes to the client to set, before the first byte of an answer: from then on there is no starting
+    over. Until then, `on_start_over` says that whatever came before is void.
     """
 
-    def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
+    def __init__(self, dispatcher: Dispatcher, request: Request, on_start_over: Callable[[], None]) -> None:
         self.request = request
+        self.sent = False
         self.replica: Replica | None = None
         self.attempts: list[Attempt] = []
         self.transcript = Transcript(request.num_choices)
         self._dispatcher = dispatcher
+        self._on_start_over = on_start_over
         self._stream: ClientStream | None = None
         self._started = 0.0
         self._accepted = False
         self._prompt_tokens = 0  # as the replica of this attempt counts them
-        self.delivered = False
         self._lost = 0
 
     async def frames(self) -> list[Frame]:
         """The next frames that say something: deltas, or the end.
 
         Raises:
-            ReplicaLost: the replica went away after something had been handed out, or several went away with
-                this request.
+            ReplicaLost: the replica went away after something had been sent, or several went away with this
+                request.
         """
         while True:
             stream = self._stream or await self._open()
@@ -287,12 +289,15 @@ class Dispatch:
             except StreamLost as lost:
                 await self._recover(lost.reason)
                 continue
-            self._accepted = True
+            self._accepted = self._accepted or frames[0].end is None  # else it is a refusal
             self._prompt_tokens = frames[0].prompt_tokens or self._prompt_tokens
             end = frames[-1].end
-            if end is not None and not self.delivered and _should_go_elsewhere(end):
-                self._give_up_attempt(end.counts)
-                await self._back_off()
+            if end is not None and not self.sent and _should_go_elsewhere(end):
+                if self._accepted:
+                    await self._recover("the replica gave it up", end.counts)
+                else:
+                    self._give_up_attempt(end.counts)
+                    await self._start_over()
                 continue
             if end is not None and end.outcome == "cancelled":  # not by us: its host stopped it
                 await self._recover("the replica stopped it")
@@ -306,7 +311,6 @@ class Dispatch:
                 self._close(end.outcome, end.counts)
                 return frames
             if any(frame.deltas for frame in frames):
-                self.delivered = True
                 return frames
 
     def cancel(self) -> None:
@@ -323,6 +327,7 @@ class Dispatch:
         dispatcher, request = self._dispatcher, self.request
         replica = await dispatcher.place(request, first_in_line=bool(self.attempts))
         self.replica, self._started, self._accepted, self._prompt_tokens = replica, time.time(), False, 0
+        self.transcript = Transcript(request.num_choices)
         try:
             stream = await dispatcher.hub.open(request, len(self.attempts) + 1, replica.node, replica.id)
         except BaseException:
@@ -332,19 +337,19 @@ class Dispatch:
         self._stream = stream
         return stream
 
-    async def _recover(self, reason: str) -> None:
-        """The attempt is lost: prepare another one, or give up."""
+    async def _recover(self, reason: str, counts: TokenCounts | None = None) -> None:
+        """The attempt is lost: prepare another one, or give up. `counts`: what it did, if its replica said so."""
         assert self.replica is not None
         log.warning("request %s: attempt %d lost: %s", self.request.id, len(self.attempts) + 1, reason)
         self._dispatcher.attempts_lost += 1
         if self._accepted:
             self._lost += 1
-        self._give_up_attempt(self._counts_so_far())
-        if self.delivered:
+        self._give_up_attempt(counts or self._counts_so_far())
+        if self.sent:
             raise ReplicaLost(f"the replica was lost in the middle of the answer: {reason}", hint="send it again")
         if self._lost >= MAX_LOST:
             raise ReplicaLost(f"{self._lost} replicas were lost while they ran this request")
-        await self._back_off()
+        await self._start_over()
 
     def _counts_so_far(self) -> TokenCounts:
         """What an attempt without an end has done: a token says that the prompt was computed, too."""
@@ -357,7 +362,9 @@ class Dispatch:
         self._dispatcher.failed(self.replica)
         self._close("failed", counts)
 
-    async def _back_off(self) -> None:
+    async def _start_over(self) -> None:
+        """Forget what the attempt said, and wait a moment. The next has the same seed, so it says the same."""
+        self._on_start_over()
         longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(len(self.attempts), 10))
         await asyncio.sleep(random.uniform(longest / 2, longest))
 
@@ -384,5 +391,5 @@ class Dispatch:
 
 
 def _should_go_elsewhere(end: End) -> bool:
-    """A refusal that is about the replica, not about the request: it is full, or leaving."""
-    return end.error is not None and end.error.status == 503
+    """It ended for a reason that is the replica's, not the request's: it is full, is leaving, or has failed."""
+    return end.error is not None and (end.error.status == 503 or end.error.code == ReplicaLost.code)

@@ -55,9 +55,9 @@ class Relay:
         self._exchange = exchange
         self._call = call
         self._key = key
-        self._dispatch = context.dispatcher.dispatch(call.request)
+        self._dispatch = context.dispatcher.dispatch(call.request, self._start_over)
         self._task: asyncio.Task[None] | None = None
-        self._begun = time.monotonic()
+        self._begun = time.monotonic()  # to wait for a first token
         self._first_token: float | None = None  # seconds after `created`
         self._settling = False  # the outcome is known; what is left is accounting and the last bytes
         self._interrupted = False
@@ -179,20 +179,28 @@ class Relay:
                 if self._first_token is None:
                     await self._first_delta()
                     await self._start_stream()
+                dispatch.sent = True
                 await exchange.write(data)
             if self._is_over(frames[-1].end):
                 return
 
     async def _collect(self) -> None:
         dispatch = self._dispatch
-        whole = self._whole = WholeAnswer(self._call)
         while True:
             frames = await dispatch.frames()
+            if self._whole is None:
+                self._whole = WholeAnswer(self._call)
             if self._first_token is None and any(frame.deltas for frame in frames):
                 await self._first_delta()
-            whole.add(frames)
+            self._whole.add(frames)
             if self._is_over(frames[-1].end):
                 return
+
+    def _start_over(self) -> None:
+        """The attempt was lost before the client had anything of it: its words are void, the wait begins anew."""
+        if self._first_token is not None:
+            self._begun, self._first_token = time.monotonic(), None
+        self._writer = self._whole = None
 
     def _is_over(self, end: End | None) -> bool:
         """Raises the error that an attempt ended with."""

@@ -19,6 +19,7 @@ from springtide.fabric.connection import Fabric
 from springtide.fabric.desired import NodeIntent, Registry
 from springtide.fabric.files import write_private
 from springtide.fabric.presence import Heart, PresenceView
+from springtide.fabric.server import urls_for_nodes
 from springtide.fabric.streams import StreamHub
 from springtide.fabric.usage import UsageWriter
 from springtide.gateway.admin import AdminApi, ensure_admin_token
@@ -115,7 +116,7 @@ class _Parts:
             # Only the machine that has the authority's secrets can let others join.
             Authority.open(directory) if directory.is_dir() else None,
             self._fabric,
-            self._fabric.urls,
+            urls_for_nodes(self._fabric.urls, self._settings.fabric_host),
             ensure_admin_token(self._data_dir),
         )
 
