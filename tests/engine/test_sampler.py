@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -240,9 +241,11 @@ def test_hardly_any_temperature_is_greedy(temperature: float, sampling: dict[str
 
 def test_a_penalty_that_leaves_no_numbers_ends_its_row_alone() -> None:
     logits = np.full((3, 8), 20, dtype=np.float32)
+    # Far below what a request may ask for: the sampler must hold all the same.
+    tiny = [SamplingParams(top_p=0.9, repetition_penalty=penalty) for penalty in (1e-40, 1e-46)]
     rows = [
-        row(top_p=0.9, repetition_penalty=1e-40, prompt=[3]),
-        row(top_p=0.9, repetition_penalty=1e-46, prompt=[3], banned={3}),
+        replace(row(prompt=[3]), sampling=tiny[0]),
+        replace(row(prompt=[3], banned={3}), sampling=tiny[1]),
         row(temperature=0.0),
     ]
     results = sample(logits, rows)
