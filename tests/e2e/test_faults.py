@@ -160,7 +160,8 @@ def test_a_second_machine_joins_with_a_token_once_and_serves(platform: Start, tm
     one = platform(*mock_flags(replicas=1)).ready()
     token = json.loads(one.run("node", "token", "--json"))
     second = tmp_path / "second"
-    command = [*SPRINGTIDE, "node", "join", token["url"], "--token", token["token"], "--name", "beta"]
+    url = token["url"].replace("nats://", "tls://")  # as from another machine: encrypted, the authority pinned
+    command = [*SPRINGTIDE, "node", "join", url, "--token", token["token"], "--name", "beta"]
     log = open(tmp_path / "second.log", "wb")  # noqa: SIM115
     joined = subprocess.Popen([*command, "--data-dir", str(second)], stdout=log, stderr=log, start_new_session=True)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from springtide.fabric.certificates import new_ca, new_server_certificate
 from tests.e2e.conftest import SPRINGTIDE, Platform, events, free_port, mock_flags, processes_of, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -34,7 +36,7 @@ def gone(platform: Platform) -> bool:
 
 
 def test_it_says_where_it_is_and_the_curl_line_works_as_printed(platform: Start) -> None:
-    one = platform(*mock_flags(context_length=128)).ready()
+    one = platform(*mock_flags()).ready()
     said = one.said()
     assert f"{one.url}/v1" in said and one.key in said
     curl = said[said.index("  curl ") : said.index("Ctrl-C")].strip()
@@ -50,6 +52,21 @@ def test_the_key_is_its_owners_alone_and_stays_the_same(platform: Start) -> None
     one.stop()
     again = platform(*mock_flags()).ready()
     assert again.key == key and key in again.said()
+
+
+def test_it_serves_https_with_certificate_files(platform: Start, tmp_path: Path) -> None:
+    ca, ca_key = new_ca()
+    files = {"ca.pem": ca}
+    files["cert.pem"], files["key.pem"] = new_server_certificate(ca, ca_key, ["127.0.0.1"])
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    one = platform(
+        *mock_flags(), "--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")
+    ).ready()
+    url = one.url.replace("http://", "https://")
+    assert f"{url}/v1" in one.said() and "curl -k" in one.said()
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    assert httpx.get(f"{url}/ready", verify=trusted, trust_env=False).status_code == 200
 
 
 def test_ctrl_c_ends_everything_within_five_seconds(platform: Start) -> None:
