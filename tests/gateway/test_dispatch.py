@@ -83,6 +83,7 @@ async def _metric_is(edge: Edge, wanted: float, name: str, **labels: str) -> boo
 
 async def test_a_client_that_leaves_the_queue_is_forgotten(edge: Edge) -> None:
     await edge.cloud.deploy("later")
+    await until(lambda: _is_known(edge, "later"), "the deployment is known")
     client = httpx.AsyncClient(base_url=edge.url, headers={"authorization": f"Bearer {edge.key}"})
     task = asyncio.create_task(client.post("/v1/chat/completions", json={**CHAT, "model": "later"}))
     await until(lambda: _metric_is(edge, 1, "springtide_requests_queued", model="later"), "it waits")
