@@ -38,6 +38,7 @@ from springtide.gateway.limits import DEFAULT_LIMITS, Limits
 from springtide.gateway.models import Models, model_object
 from springtide.gateway.openai import Admission, Call, parse_chat, parse_completion
 from springtide.gateway.relay import Relay, RelayContext, UsageSink
+from springtide.gateway.waiting import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ class GatewayApp:
         self._hub = hub
         self._metrics = metrics.Metrics()
         self._metrics.watch(self._collect_metrics)
-        self._dispatcher = Dispatcher(hub, presence, region=settings.region, silence_counts=silence_counts)
-        self._models = Models(deployments, self._dispatcher.models)
+        self._room = WaitingRoom(presence, region=settings.region)
+        self._dispatcher = Dispatcher(hub, presence, self._room, silence_counts=silence_counts)
+        self._models = Models(deployments, self._room.models)
         self._cors = Cors(settings.cors_origins)
         self._budget = ByteBudget(max(limits.held_bytes, settings.max_body_bytes))
         self._running: dict[asyncio.Task[None], Relay] = {}
@@ -174,13 +176,13 @@ class GatewayApp:
 
     async def _list_models(self, exchange: Exchange) -> None:
         self._authenticate(exchange)
-        models = [model_object(name, self._dispatcher.replicas(name)) for name in self._models.names()]
+        models = [model_object(name, self._room.replicas(name)) for name in self._models.names()]
         await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
 
     async def _show_model(self, exchange: Exchange, name: str) -> None:
         self._authenticate(exchange)
         self._models.check(name)
-        await exchange.respond(200, msgspec.json.encode(model_object(name, self._dispatcher.replicas(name))))
+        await exchange.respond(200, msgspec.json.encode(model_object(name, self._room.replicas(name))))
 
     async def _health(self, exchange: Exchange) -> None:
         await exchange.respond(200, b'{"status":"ok"}')
@@ -198,7 +200,7 @@ class GatewayApp:
     def _collect_metrics(self) -> Iterable[Metric]:
         yield metrics.gauge("requests_in_flight", "Requests admitted and not over", len(self._running))
         yield metrics.gauge("body_bytes_held", "Bytes of request bodies held", self._budget.held)
-        yield metrics.gauges("requests_queued", "Requests that wait for a replica", self._dispatcher.waiting())
+        yield metrics.gauges("requests_queued", "Requests that wait for a replica", self._room.waiting())
         yield metrics.counter("attempts_lost", "Attempts whose replica was lost", self._dispatcher.attempts_lost)
         yield metrics.counters("stream_events", "What request streams went through", self._hub.counters)
         yield from metrics.replica_metrics(self._presence.replicas())

@@ -1,8 +1,7 @@
-"""Who runs a request, and what becomes of it there: the queue, the attempts, the loss of replicas.
+"""What becomes of a request where it runs: the attempts, and the loss of replicas.
 
-Knows replicas and frames; nothing of HTTP or of OpenAI. A request waits here, in the order of arrival for
-each model, until the router finds it a replica. While nothing of an answer has been sent to the client, a lost
-attempt is repeated from the beginning, elsewhere if there is an elsewhere.
+Knows replicas and frames; nothing of HTTP or of OpenAI, and not who is next (`waiting`). While nothing of an answer
+has been sent to the client, a lost attempt is repeated from the beginning, elsewhere if there is an elsewhere.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import asyncio
 import logging
 import random
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
 
 from springtide.core.cluster import Replica
 from springtide.core.errors import ReplicaLost
@@ -21,7 +19,7 @@ from springtide.core.request import Attempt, ChoiceOutput, End, Outcome, Request
 from springtide.core.wire import unescape_json
 from springtide.fabric.presence import PresenceView
 from springtide.fabric.streams import ClientStream, Frame, StreamHub, StreamLost
-from springtide.policy.routing import Candidate, NoRoute, RequestFacts, Route, route
+from springtide.gateway.waiting import ReplicaKey, WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +31,6 @@ _LONGEST_BACKOFF_S = 2.0
 
 class _Garbled(Exception):
     """A replica said what can't be an answer to this request."""
-
-
-class ReplicaKey(NamedTuple):
-    node: str
-    replica: str
 
 
 class Transcript:
@@ -72,13 +65,8 @@ class Transcript:
         )
 
 
-class _Waiter(NamedTuple):
-    facts: RequestFacts
-    placed: asyncio.Future[Replica]
-
-
 class Dispatcher:
-    """The queues of one gateway, and what it has in flight where.
+    """What one gateway has in flight where, and who hears when a replica goes away.
 
     `silence_counts` says whether a replica that is not heard of may be taken for dead: not while this process
     is itself cut off from the fabric, nor just after.
@@ -88,114 +76,20 @@ class Dispatcher:
         self,
         hub: StreamHub,
         presence: PresenceView,
+        room: WaitingRoom,
         *,
-        region: str,
         silence_counts: Callable[[], bool] = lambda: True,
-        clock: Callable[[], float] = time.monotonic,
-        draw: Callable[[], float] = random.random,
     ) -> None:
         self.hub = hub
+        self.room = room
         self.attempts_lost = 0
-        self._presence = presence
-        self._region = region
-        self._clock = clock
-        self._draw = draw
-        self._by_model: dict[str, list[Replica]] | None = None
-        self._queues: defaultdict[str, deque[_Waiter]] = defaultdict(deque)
-        self._in_flight: defaultdict[ReplicaKey, int] = defaultdict(int)
-        self._failed_at: dict[ReplicaKey, float] = {}
         self._silence_counts = silence_counts
         self._running: defaultdict[ReplicaKey, set[Dispatch]] = defaultdict(set)
-        self._seen_started = self._alive()  # as last looked at
+        self._seen_started = room.alive()  # as last looked at
         presence.on_change(self._presence_changed)
 
     def dispatch(self, request: Request, on_start_over: Callable[[], None]) -> Dispatch:
         return Dispatch(self, request, on_start_over)
-
-    def replicas(self, model: str) -> list[Replica]:
-        """The living replicas of a model."""
-        return self._models().get(model, [])
-
-    def models(self) -> set[str]:
-        return set(self._models())
-
-    def waiting(self) -> dict[str, int]:
-        """How many requests wait for a replica, per model."""
-        return {model: len(queue) for model, queue in self._queues.items()}
-
-    def why_waiting(self, request: Request) -> str:
-        """Why a request has no replica yet, in words."""
-        answer = self._route(request.model, self._facts(request))
-        return answer.reason if isinstance(answer, NoRoute) else "others wait before it"
-
-    # ------------------------------------------------------------------------------------------------------
-    # The queue.
-
-    async def place(self, request: Request, *, first_in_line: bool) -> Replica:
-        """Wait for a replica and take the room; `leave` gives it back."""
-        facts = self._facts(request)
-        queue = self._queues[request.model]
-        if not queue:
-            answer = self._route(request.model, facts)
-            if isinstance(answer, Route):
-                return self._take(answer, request.model, facts)
-        waiter = _Waiter(facts, asyncio.get_running_loop().create_future())
-        if first_in_line:
-            queue.appendleft(waiter)
-        else:
-            queue.append(waiter)
-        try:
-            return await waiter.placed
-        except asyncio.CancelledError:
-            if waiter in queue:
-                queue.remove(waiter)
-            elif waiter.placed.done() and not waiter.placed.cancelled():
-                self.leave(waiter.placed.result(), request)
-            self._pump(request.model)  # it may have stood in the way of smaller ones
-            raise
-
-    def leave(self, replica: Replica, request: Request) -> None:
-        """The request has left this replica: there is room for the next."""
-        key = ReplicaKey(replica.node, replica.id)
-        self._in_flight[key] -= request.num_choices
-        if self._in_flight[key] <= 0:
-            del self._in_flight[key]
-        self._pump(request.model)
-
-    def _pump(self, model: str) -> None:
-        queue = self._queues.get(model)
-        while queue:
-            waiter = queue[0]
-            answer = self._route(model, waiter.facts)
-            if isinstance(answer, NoRoute):
-                return
-            queue.popleft()
-            if not waiter.placed.cancelled():
-                waiter.placed.set_result(self._take(answer, model, waiter.facts))
-        self._queues.pop(model, None)
-
-    def _take(self, chosen: Route, model: str, facts: RequestFacts) -> Replica:
-        key = ReplicaKey(chosen.node, chosen.replica)
-        self._in_flight[key] += facts.sequences
-        log.debug("routed to %s on %s: %s", chosen.replica, chosen.node, chosen.reason)
-        return next(r for r in self.replicas(model) if (r.node, r.id) == key)
-
-    def _route(self, model: str, facts: RequestFacts) -> Route | NoRoute:
-        candidates = []
-        for replica in self.replicas(model):
-            key = ReplicaKey(replica.node, replica.id)
-            candidates.append(Candidate(replica, self._in_flight.get(key, 0), self._failed_at.get(key)))
-        return route(facts, candidates, self._clock())
-
-    def _facts(self, request: Request) -> RequestFacts:
-        return RequestFacts(sequences=request.num_choices, region=self._region, draw=self._draw())
-
-    # ------------------------------------------------------------------------------------------------------
-    # Replicas come and go.
-
-    def failed(self, replica: Replica) -> None:
-        """Remember that this replica lost or refused a request."""
-        self._failed_at[ReplicaKey(replica.node, replica.id)] = self._clock()
 
     def follow(self, replica: Replica, dispatch: Dispatch) -> None:
         """Tell this dispatch when its replica goes away."""
@@ -210,11 +104,9 @@ class Dispatcher:
                 del self._running[key]
 
     def _presence_changed(self) -> None:
-        self._by_model = None
-        before, now = self._seen_started, self._alive()
+        self.room.presence_changed()
+        before, now = self._seen_started, self.room.alive()
         self._seen_started = now
-        for key in [key for key in self._failed_at if key not in now]:
-            del self._failed_at[key]
         for key, started in before.items():
             if key not in self._running:
                 continue
@@ -222,8 +114,6 @@ class Dispatcher:
                 self._replica_gone(key)
             elif now[key] != started:
                 self._lose(key, "the replica was started anew")
-        for model in list(self._queues):
-            self._pump(model)
 
     def _replica_gone(self, key: ReplicaKey) -> None:
         """Requests that lose nothing by it begin elsewhere at once; the others give it a moment to come back."""
@@ -239,18 +129,6 @@ class Dispatcher:
         for dispatch in list(self._running.get(key, ())):
             if which(dispatch):
                 dispatch.lose(reason)
-
-    def _alive(self) -> dict[ReplicaKey, float]:
-        """When each living replica was started."""
-        return {ReplicaKey(r.node, r.id): r.started for replicas in self._models().values() for r in replicas}
-
-    def _models(self) -> dict[str, list[Replica]]:
-        if self._by_model is None:
-            by_model: defaultdict[str, list[Replica]] = defaultdict(list)
-            for replica in self._presence.replicas():
-                by_model[replica.model].append(replica)
-            self._by_model = dict(by_model)
-        return self._by_model
 
 
 class Dispatch:
@@ -325,13 +203,13 @@ class Dispatch:
 
     async def _open(self) -> ClientStream:
         dispatcher, request = self._dispatcher, self.request
-        replica = await dispatcher.place(request, first_in_line=bool(self.attempts))
+        replica = await dispatcher.room.place(request, first_in_line=bool(self.attempts))
         self.replica, self._started, self._accepted, self._prompt_tokens = replica, time.time(), False, 0
         self.transcript = Transcript(request.num_choices)
         try:
             stream = await dispatcher.hub.open(request, len(self.attempts) + 1, replica.node, replica.id)
         except BaseException:
-            dispatcher.leave(replica, request)
+            dispatcher.room.leave(replica, request)
             raise
         dispatcher.follow(replica, self)
         self._stream = stream
@@ -359,7 +237,7 @@ class Dispatch:
     def _give_up_attempt(self, counts: TokenCounts) -> None:
         """It failed for the replica's reasons, not the request's: others are better choices for a while."""
         assert self.replica is not None
-        self._dispatcher.failed(self.replica)
+        self._dispatcher.room.failed(self.replica)
         self._close("failed", counts)
 
     async def _start_over(self) -> None:
@@ -387,7 +265,7 @@ class Dispatch:
         )
         stream.cancel()
         self._dispatcher.unfollow(self.replica, self)
-        self._dispatcher.leave(self.replica, self.request)
+        self._dispatcher.room.leave(self.replica, self.request)
 
 
 def _should_go_elsewhere(end: End) -> bool:

@@ -126,7 +126,7 @@ class Relay:
     def _tick_waiting(self, waited: float, now: float) -> None:
         context = self._context
         if waited >= context.queue_timeout:
-            why = context.dispatcher.why_waiting(self._call.request)
+            why = context.dispatcher.room.why_waiting(self._call.request)
             self.interrupt(Overloaded(f"nobody could take it within {waited:.0f} seconds: {why}", retry_after=10.0))
         elif self._call.stream and waited >= context.silent_wait and self._may_pulse(now):
             self._pulsed = now
