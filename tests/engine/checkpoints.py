@@ -2,96 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from springtide.core.store import ModelFiles, ModelFormat
 from springtide.engine.attention.base import AttentionBackend
 from springtide.engine.attention.registry import choose_attention
 from springtide.engine.inputs import ForwardInputs
 from springtide.engine.kv import PAGE_SIZE, PagePool
-from springtide.engine.models.registry import Model, load_model
+from springtide.engine.models.registry import Model, open_checkpoint
+from tests.engine.families import llama
 
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+# What llama.cpp calls a model_type of transformers.
+_GGUF_ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}
+_GGUF_NUMBERS = {  # of its metadata, where a configuration has them
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
 }
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """A random Llama in float32; its widths are multiples of 32, so that GGUF's blocks fit."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": 160,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", ".bias")):  # else all ones and zeros, which hide mistakes
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    return model
+    """A random Llama in float32 of two layers, with heads of 16."""
+    return llama(**{"num_hidden_layers": 2, "head_dim": 16} | changes)
 
 
 def files_of(path: Path, format: ModelFormat) -> ModelFiles:
     return ModelFiles(name="tiny", source=str(path), path=path, format=format, digest="sha256:" + "0" * 64)
 
 
-def saved(model: LlamaForCausalLM, folder: Path, **options: Any) -> ModelFiles:
+def saved(model: PreTrainedModel, folder: Path, **options: Any) -> ModelFiles:
     model.save_pretrained(folder, **options)
     return files_of(folder, "safetensors")
 
 
 def write_gguf(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     path: Path,
     type: str = "F32",
     *,
     metadata: dict[str, float] | None = None,
     rope_freqs: np.ndarray | None = None,
 ) -> ModelFiles:
-    """As llama.cpp's converter does: its names, q and k permuted, matrices quantised to `type`, vectors float32.
+    """As llama.cpp's converter does: its names and its order of rows, matrices quantised to `type`, vectors and
+    routers float32.
 
     `metadata` adds or overwrites numbers of the architecture's own keys.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = _GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_array("tokenizer.ggml.tokens", [f"<{i}>" for i in range(config.vocab_size)])
     writer.add_array("tokenizer.ggml.scores", [0.5] * config.vocab_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    for key, field in _GGUF_NUMBERS.items():
+        if getattr(config, field, None) is not None:
+            writer.add_uint32(f"{architecture}.{key}", getattr(config, field))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    _add_rope(writer, config)
     for key, value in (metadata or {}).items():
-        writer.add_float32(f"llama.{key}", value)
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight" or not config.tie_word_embeddings:
-            _add_tensor(writer, name, tensor.numpy(), config, gguf.GGMLQuantizationType[type])
+        writer.add_float32(f"{architecture}.{key}", value)
+    for name, values in _gguf_tensors(model, architecture):
+        kind = gguf.GGMLQuantizationType["F32" if values.ndim == 1 or "bias" in name or "_inp" in name else type]
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
     writer.write_header_to_file()
@@ -101,33 +95,61 @@ def write_gguf(
     return files_of(path, "gguf")
 
 
-def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, values: np.ndarray, config: LlamaConfig, type: gguf.GGMLQuantizationType
-) -> None:
-    if ".q_proj." in name:
-        values = _permuted(values, config.num_attention_heads)
-    if ".k_proj." in name:
-        values = _permuted(values, config.num_key_value_heads)
-    if values.ndim == 1:
-        writer.add_tensor(_gguf_name(name), values)
+def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(config.head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+
+
+def _gguf_tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_")), 99)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        for part, values in _parts(name, tensor, model.config):
+            if architecture == "gemma3" and name.endswith("norm.weight"):
+                values = values + 1
+            if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+                values = _permuted(values, model.config.head_dim)
+            found = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            assert found is not None, part
+            yield found if found.endswith((".weight", ".bias")) else f"{found}.weight", values.numpy()
+
+
+def _parts(name: str, tensor: Tensor, config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as GGUF has it: experts with outputs before inputs, gate and up of experts apart."""
+    stem, _, part = name.rpartition(".experts.")
+    if not stem:
+        yield name, tensor
+        return
+    kind = "bias" if part.endswith("_bias") else "weight"
+    interleaved = config.model_type == "gpt_oss"
+    if interleaved and kind == "weight":
+        tensor = tensor.transpose(1, 2).contiguous()
+    if "gate_up" in part:
+        halves = (tensor[:, ::2], tensor[:, 1::2]) if interleaved else tensor.chunk(2, dim=1)
+        for half, values in zip(("gate", "up"), halves, strict=True):
+            yield f"{stem}.experts.{half}_proj.{kind}", values.contiguous()
     else:
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, type), raw_dtype=type)
+        yield f"{stem}.experts.down_proj.{kind}", tensor
 
 
-def _permuted(values: np.ndarray, heads: int) -> np.ndarray:
-    return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("model.layers."):
-        return f"{_GGUF_NAMES[stem]}.{kind}"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
+def _permuted(values: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head from (i, i + half) to (2i, 2i + 1)."""
+    return values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(values.shape)
 
 
 def loaded(files: ModelFiles, dtype: torch.dtype = torch.float32) -> Model:
-    return load_model(files, dtype, torch.device("cpu"))[0]
+    return open_checkpoint(files).load(dtype, torch.device("cpu"))
 
 
 def pages_for(model: Model, num_seqs: int, num_tokens: int, dtype: torch.dtype) -> tuple[PagePool, torch.Tensor]:

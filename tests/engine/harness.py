@@ -19,6 +19,7 @@ class Result:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    cached_tokens: int = field(default=0, compare=False)
 
 
 def random_prompt(seed: int, length: int, *, below: int = 307) -> list[int]:
@@ -33,6 +34,7 @@ def request(
     output: list[int] | None = None,
     stop_ids: tuple[int, ...] = (),
     priority: int = 0,
+    salt: str | None = "",
     **sampling: Any,
 ) -> SequenceRequest:
     return SequenceRequest(
@@ -43,6 +45,7 @@ def request(
         output=output or [],
         stop_ids=stop_ids,
         priority=priority,
+        cache_salt=salt,
     )
 
 
@@ -56,6 +59,8 @@ def run(engine: Engine, *requests: SequenceRequest) -> dict[str, Result]:
         for output in engine.step():
             result = results[output.id]
             assert result.finish_reason is None, "nothing may follow the end"
+            assert not (result.tokens and output.cached_tokens), "told with the first output"
+            result.cached_tokens += output.cached_tokens
             result.tokens += output.token_ids
             result.scores += output.scores or []
             result.finish_reason, result.error = output.finish_reason, output.error

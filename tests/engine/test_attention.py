@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from springtide.core.errors import SetupError
-from springtide.engine.attention.base import PAGE_SIZE, AttentionBackend
+from springtide.engine.attention.base import PAGE_SIZE, AttentionBackend, AttentionLayer
 from springtide.engine.attention.numba_cpu import NumbaAttention
 from springtide.engine.attention.reference import ReferenceAttention
 from springtide.engine.attention.registry import choose_attention
 from springtide.engine.inputs import ForwardInputs
-from springtide.engine.models.config import ModelConfig
+from springtide.engine.models.config import LayerConfig, ModelConfig
 
+BACKENDS: list[AttentionBackend] = [ReferenceAttention(), NumbaAttention()]
 NUM_LAYERS = 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of values of order one; bfloat16 steps by 2 ** -8
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -25,13 +30,15 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 @dataclass(frozen=True)
 class Shape:
-    """(tokens already there, new rows) of each sequence, and the heads they have."""
+    """(tokens already there, new rows) of each sequence, the heads they have, and how these look back."""
 
     sequences: list[tuple[int, int]]
     kv_heads: int
     group: int
     head_dim: int
     dtype: torch.dtype
+    window: int | None = None
+    sinks: bool = False
     seed: int = 0
 
 
@@ -58,6 +65,7 @@ class Story:
         self.page_table = order.view(len(shape.sequences), NUM_LAYERS, shape.kv_heads, pages)
         garbage = 1e3 * torch.randn(wanted + 5, PAGE_SIZE, shape.head_dim, generator=generator).to(shape.dtype)
         self.pool = Pages(garbage.clone(), garbage.clone())
+        self.sinks = 2 * torch.randn(heads[0], generator=generator) if shape.sinks else None
 
     def run(self, backend: AttentionBackend, spans: list[tuple[int, int, int]], layer: int = 1) -> Tensor:
         """Attend with rows [start, end) of each named sequence, in one call."""
@@ -69,7 +77,8 @@ class Story:
             page_table=self.page_table,
             logit_rows=torch.zeros(0, dtype=torch.int64),
         )
-        return backend.attend(layer, q, k, v, self.pool, inputs, self.shape.head_dim**-0.5)
+        how = AttentionLayer(layer, self.shape.head_dim**-0.5, self.shape.window, self.sinks)
+        return backend.attend(how, q, k, v, self.pool, inputs)
 
     def play(self, backend: AttentionBackend) -> Tensor:
         """First what is already there, then the new rows of all sequences in one ragged call."""
@@ -80,19 +89,26 @@ class Story:
             backend, [(seq, start, start + count) for seq, (start, count) in enumerate(self.shape.sequences)]
         )
 
+    def lose(self, seq: int, pages: Iterable[int], layer: int = 1) -> None:
+        """Another has these pages of a sequence by now, and filled them with NaN."""
+        lost = self.page_table[seq, layer][:, list(pages)].flatten().long()
+        self.pool.k[lost], self.pool.v[lost] = math.nan, math.nan
+
 
 shapes = st.builds(
     Shape,
     sequences=st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), min_size=1, max_size=5),
     kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 3, 4, 8]),
-    head_dim=st.sampled_from([8, 16, 18, 32, 64, 80, 96, 128]),
+    head_dim=st.sampled_from([8, 16, 18, 24, 64, 80, 128, 256]),
     dtype=DTYPES,
+    window=st.sampled_from([1, 5, 16, 17, 64, 100, None]),
+    sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shapes)
 def test_numba_equals_the_reference(shape: Shape) -> None:
     ours, expected = Story(shape).play(NumbaAttention()), Story(shape).play(ReferenceAttention())
@@ -123,7 +139,87 @@ def test_decode_rows_of_many_sequences_equal_their_prefill() -> None:
         assert torch.equal(prefilled[-1], decoded[seq])
 
 
-@pytest.mark.parametrize("backend", [ReferenceAttention(), NumbaAttention()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("window", [1, 5, 64, None])
+def test_windows_and_sinks_equal_transformers(backend: AttentionBackend, sinks: bool, window: int | None) -> None:
+    """Its gpt-oss attends with both; a head whose sink is infinitely low has none."""
+    shape = Shape([(0, 100)], kv_heads=2, group=3, head_dim=24, dtype=torch.float32, window=window, sinks=sinks)
+    story = Story(shape)
+    q, k, v = (part.transpose(0, 1)[None] for part in story.qkv[0])
+    back = torch.arange(100)[:, None] - torch.arange(100)
+    mask = torch.zeros(100, 100).masked_fill((back < 0) | (back >= (window or 100)), -math.inf)
+    lowest = torch.full((6,), -math.inf)
+    module = SimpleNamespace(
+        num_key_value_groups=3, sinks=lowest if story.sinks is None else story.sinks, training=False
+    )
+    theirs, _ = eager_attention_forward(module, q, k, v, mask, shape.head_dim**-0.5)
+    torch.testing.assert_close(story.run(backend, [(0, 0, 100)]), theirs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [1, 16, 17, 50, 128])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_pages_behind_the_window_may_be_gone(backend: AttentionBackend, window: int, dtype: torch.dtype) -> None:
+    """Decoding, and prefilling a chunk, read nothing of them: not the pages, nor where they lay."""
+    for start, count in ((200, 1), (203, 13)):
+        shape = Shape([(start, count)], kv_heads=2, group=3, head_dim=16, dtype=dtype, window=window, sinks=True)
+        expected = Story(shape).play(backend)
+        story = Story(shape)
+        story.run(backend, [(0, 0, start)])
+        gone = range(max(start + 1 - window, 0) // PAGE_SIZE)
+        story.lose(0, gone)
+        story.page_table[0, 1][:, list(gone)] = 2**31 - 1
+        assert torch.equal(story.run(backend, [(0, start, start + count)]), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("length", [1, 15, 17, 70])
+def test_what_a_former_owner_left_behind_the_last_token_is_not_seen(backend: AttentionBackend, length: int) -> None:
+    shape = Shape([(0, length)], kv_heads=2, group=3, head_dim=24, dtype=torch.float32)
+    expected = Story(shape).play(backend)
+    story = Story(shape)
+    story.lose(0, range(story.page_table.shape[-1]))
+    assert torch.equal(story.play(backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [3, 20, None])
+@pytest.mark.parametrize("part", [1, 2], ids=["key", "value"])
+def test_a_broken_token_reaches_the_rows_that_see_it_and_no_other(
+    backend: AttentionBackend, dtype: torch.dtype, window: int | None, part: int
+) -> None:
+    """Not even those that go through the pages together with them."""
+    shape = Shape([(0, 60)], kv_heads=2, group=2, head_dim=24, dtype=dtype, window=window)
+    sound = Story(shape).play(backend)
+    broken = Story(shape)
+    broken.qkv[0][part][21, 1, 5] = math.nan  # of one kv head
+    attended = broken.play(backend)
+    seeing = torch.zeros(60, dtype=torch.bool)
+    seeing[21 : 21 + window if window else None] = True
+    assert attended[seeing][:, 2:].isnan().flatten(1).any(dim=1).all()
+    assert torch.equal(attended[:, :2], sound[:, :2])
+    assert torch.equal(attended[~seeing], sound[~seeing])
+
+
+def test_a_window_wider_than_the_sequence_changes_no_bit() -> None:
+    shape = Shape([(90, 9), (0, 40)], kv_heads=2, group=3, head_dim=64, dtype=torch.bfloat16)
+    assert torch.equal(Story(replace(shape, window=99)).play(NumbaAttention()), Story(shape).play(NumbaAttention()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_sink_above_all_scores_leaves_nothing_and_one_below_takes_nothing(backend: AttentionBackend) -> None:
+    shape = Shape([(0, 70)], kv_heads=1, group=2, head_dim=16, dtype=torch.float32)
+    story = Story(shape)
+    plain = story.play(backend)
+    story.sinks = torch.tensor([1e4, -1e4])
+    attended = story.play(backend)
+    assert attended[:, 0].abs().max() < 1e-30
+    torch.testing.assert_close(attended[:, 1], plain[:, 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_scores_far_apart_do_not_overflow(backend: AttentionBackend) -> None:
     story = Story(Shape([(0, 100)], kv_heads=1, group=1, head_dim=16, dtype=torch.float32))
     story.qkv[0][0] *= 1e4
@@ -144,7 +240,7 @@ def test_other_layers_keep_their_pages() -> None:
 def test_a_backend_is_chosen_by_name_and_by_what_it_can_do() -> None:
     config = ModelConfig(
         architecture="LlamaForCausalLM",
-        num_layers=1,
+        layers=(LayerConfig(rope=None),),
         hidden_size=8,
         intermediate_size=8,
         num_heads=1,

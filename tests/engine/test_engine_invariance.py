@@ -1,4 +1,4 @@
-"""One seed, one text: alone, in company, chunked in any way, preempted, resumed. Bit for bit, logprobs too."""
+"""One seed, one text: alone, in company, chunked in any way, preempted, cached, drafted. Bit for bit, logprobs too."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "few seats": {"max_num_seqs": 3},
     "little memory": {"num_blocks": 14},
     "five threads": {"threads": 5},
+    "prompt lookup": {"drafter": "ngram"},
 }
 
 
@@ -72,6 +73,9 @@ def test_company_changes_no_bit(
     config = EngineConfig.from_options({"dtype": dtype, "attention": attention, **WAYS[way]})
     engine = LLMEngine.from_files(tiny_model, config)
     assert run(engine, *company(307, 20)) == tiny_alone
+    again = run(engine, *company(307, 20))  # now with what is cached of the first time
+    assert again == tiny_alone
+    assert any(result.cached_tokens for result in again.values()) or way == "little memory"
     if way == "little memory":
         assert engine.load().preemptions > 0
 

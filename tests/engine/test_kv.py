@@ -1,40 +1,63 @@
-"""Pages are handed out once, found through the table, and come back."""
+"""Pages are found through the table, wherever the scheduler put them."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.engine.kv import PAGE_SIZE, PagePool, PageTable
+from springtide.engine.kv import PagePool, PageTable
 
 LAYERS, HEADS = 3, 2
 
 
-def pages_of(table: PageTable, row: int, num_tokens: int) -> np.ndarray:
-    return table.tensor[row, :, :, : -(-num_tokens // PAGE_SIZE)].numpy()
+def new_table() -> PageTable:
+    return PageTable(max_num_seqs=4, num_layers=LAYERS, num_kv_heads=HEADS)
+
+
+def blocks_of(table: PageTable, row: int, num_blocks: int) -> list[int]:
+    """Read back from the pages: those of a block lie together, layer by layer."""
+    pages = table.tensor[row, :, :, :num_blocks].numpy()
+    blocks = pages[0, 0] // (LAYERS * HEADS)
+    assert (pages == blocks * LAYERS * HEADS + np.arange(LAYERS * HEADS).reshape(LAYERS, HEADS, 1)).all()
+    return blocks.tolist()
 
 
 def test_a_block_is_one_page_of_each_layer_and_head() -> None:
-    table = PageTable(num_blocks=4, max_num_seqs=2, num_layers=LAYERS, num_kv_heads=HEADS)
-    row = table.extend("a", PAGE_SIZE + 1)
-    pages = pages_of(table, row, PAGE_SIZE + 1)
-    assert pages.shape == (LAYERS, HEADS, 2)
-    assert sorted(pages.flatten()) == list(range(2 * LAYERS * HEADS))
+    table = new_table()
+    row = table.append("a", [3, 0], 2)
+    assert blocks_of(table, row, 2) == [3, 0]
+    assert sorted(table.tensor[row, :, :, :2].flatten().tolist()) == [*range(6), *range(18, 24)]
 
 
 def test_a_long_sequence_widens_the_table_and_keeps_its_pages() -> None:
-    table = PageTable(num_blocks=100, max_num_seqs=2, num_layers=LAYERS, num_kv_heads=HEADS)
-    row = table.extend("a", 40)
-    before = pages_of(table, row, 40).copy()
-    assert table.extend("a", 1500) == row
-    assert (pages_of(table, row, 40) == before).all()
+    table = new_table()
+    first = [7, 5, 6]
+    row = table.append("a", first, 3)
+    more = list(range(10, 100))
+    assert table.append("a", more, 93) == row
+    assert blocks_of(table, row, 93) == first + more
     assert table.tensor.is_contiguous()
+
+
+def test_what_a_rejected_draft_had_is_written_over() -> None:
+    table = new_table()
+    row = table.append("a", [1, 2, 3], 3)
+    assert table.append("a", [], 1) == row  # the scheduler took two blocks back
+    table.append("a", [9], 2)
+    assert blocks_of(table, row, 2) == [1, 9]
+
+
+def test_sequences_may_share_blocks() -> None:
+    table = new_table()
+    a, b = table.append("a", [1, 2], 2), table.append("b", [1, 3], 2)
+    assert a != b
+    assert (blocks_of(table, a, 2), blocks_of(table, b, 2)) == ([1, 2], [1, 3])
 
 
 def test_memory_that_nobody_wrote_costs_nothing() -> None:
@@ -50,22 +73,28 @@ def resident_memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+Event = tuple[
+    str, int, Sequence[int]
+]  # who; how many of its blocks stay, of those it has; which it gains (none: leave)
+events = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.integers(0, 20), st.lists(st.integers(0, 31), max_size=12)), max_size=30
+)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 120)), max_size=30))
-def test_no_page_ever_belongs_to_two_sequences(events: Any) -> None:
-    table = PageTable(num_blocks=32, max_num_seqs=4, num_layers=LAYERS, num_kv_heads=HEADS)
+@given(events)
+def test_every_sequence_finds_its_blocks_whatever_the_others_do(events: list[Event]) -> None:
+    table = new_table()
+    expected: dict[str, list[int]] = {}
     rows: dict[str, int] = {}
-    lengths: dict[str, int] = {}
-    for name, length in events:
-        if length == 0:
+    for name, kept, gained in events:
+        if not gained:
             table.release(name)
+            expected.pop(name, None)
             rows.pop(name, None)
-            lengths.pop(name, None)
         else:
-            lengths[name] = max(length, lengths.get(name, 0))
-            rows[name] = table.extend(name, length)
-        held = [pages_of(table, rows[name], lengths[name]).flatten() for name in rows]
-        pages = np.concatenate(held) if held else np.array([])
-        assert len(set(pages.tolist())) == len(pages)
-        assert table.num_free_blocks == 32 - len(pages) // (LAYERS * HEADS)
+            expected[name] = [*expected.get(name, [])[:kept], *gained]
+            rows[name] = table.append(name, gained, len(expected[name]))
         assert len(set(rows.values())) == len(rows)
+        for known, blocks in expected.items():
+            assert blocks_of(table, rows[known], len(blocks)) == blocks

@@ -1,4 +1,4 @@
-"""A row's bits do not depend on the rows beside it: products and the pieces between them."""
+"""A row's bits do not depend on the rows beside it: products."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from springtide.engine.layers import RMSNorm, RotaryEmbedding, silu_and_mul
 from springtide.engine.linear import Linear, row_invariant, varying_products
-from springtide.engine.models.config import ModelConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 COUNTS = [*range(1, 34), 63, 64, 65, 100, 127, 128, 200, 255, 256, 257, 300, 511, 512, 599, 600]
@@ -69,67 +65,3 @@ def test_the_self_check_finds_products_that_vary(dtype: torch.dtype, monkeypatch
 
     monkeypatch.setattr(Linear, "__call__", other_for_one_row)
     assert varying_products(products) == ["a"]
-
-
-@pytest.mark.parametrize("width", [60, 93, 576, 2048])
-def test_the_pieces_between(dtype: torch.dtype, width: int) -> None:
-    norm = RMSNorm(random(width, dtype=dtype), 1e-5)
-    assert_rows_alone(norm, 3 * random(700, width, dtype=dtype), COUNTS)
-    assert_rows_alone(silu_and_mul, 3 * random(700, 2 * width, dtype=dtype), COUNTS)
-
-
-@pytest.mark.parametrize("head_dim", [8, 64, 80])
-def test_rotation(dtype: torch.dtype, head_dim: int) -> None:
-    rotary = RotaryEmbedding(_config(head_dim))
-    qkv, positions = random(700, 8 * head_dim, dtype=dtype), torch.arange(700)
-    whole = rotary.split(qkv, positions)
-    for count in (1, 2, 5, 64):
-        some = slice(300, 300 + count)
-        for part, all_rows in zip(rotary.split(qkv[some], positions[some]), whole, strict=True):
-            assert torch.equal(part, all_rows[some])
-
-
-@pytest.mark.parametrize("width", [60, 576])
-def test_norm_and_activation_equal_transformers(dtype: torch.dtype, width: int) -> None:
-    x, weight = random(50, width, dtype=dtype), random(width, dtype=dtype)
-    theirs = LlamaRMSNorm(width, eps=1e-5).to(dtype)
-    theirs.weight.data.copy_(weight)
-    assert_near(RMSNorm(weight, 1e-5)(x), theirs(x))
-
-    gate_up = 3 * random(50, 2 * width, dtype=dtype)
-    gate, up = gate_up.chunk(2, dim=-1)
-    assert_near(silu_and_mul(gate_up), torch.nn.functional.silu(gate) * up)
-
-
-def test_rotation_equals_transformers(dtype: torch.dtype) -> None:
-    head_dim = 64
-    qkv, positions = random(50, 8 * head_dim, dtype=dtype), torch.arange(100, 150)
-    q, k, v = RotaryEmbedding(_config(head_dim)).split(qkv, positions)
-
-    heads = qkv.float().view(1, 50, 8, head_dim).transpose(1, 2)
-    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=1024)
-    cos, sin = LlamaRotaryEmbedding(config)(heads, positions[None])
-    their_q, their_k = apply_rotary_pos_emb(heads[:, :4], heads[:, 4:6], cos, sin)
-    assert_near(q, their_q[0].transpose(0, 1).to(dtype))
-    assert_near(k, their_k[0].transpose(0, 1).to(dtype))
-    assert torch.equal(v, qkv.view(50, 8, head_dim)[:, 6:])
-
-
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
-    """Within a rounding or two of the dtype."""
-    step = torch.finfo(ours.dtype).eps
-    torch.testing.assert_close(ours, theirs, rtol=4 * step, atol=4 * step)
-
-
-def _config(head_dim: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        num_layers=1,
-        hidden_size=4 * head_dim,
-        intermediate_size=8,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=head_dim,
-        vocab_size=8,
-        context_length=1024,
-    )

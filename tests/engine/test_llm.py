@@ -9,10 +9,11 @@ import pytest
 
 import springtide
 from springtide import LLM, SamplingParams
+from springtide.core.engine_api import SequenceRequest
 from springtide.core.errors import ContextTooLong, InvalidRequest, SetupError
 from springtide.core.store import ModelFiles
 from springtide.engine import bench
-from tests.engine.harness import random_prompt
+from tests.engine.harness import random_prompt, run
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,8 @@ def test_a_progress_bar_where_it_is_wanted(llm: LLM, capsys: pytest.CaptureFixtu
     llm.generate([[1], [2]], GREEDY)
     assert capsys.readouterr().err == ""
     llm.generate([[1], [2]], GREEDY, progress=True)
-    assert "completions" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "prompts" in shown and "2/2" in shown and "tokens/s" in shown
 
 
 def test_unknown_options_and_models_are_refused() -> None:
@@ -105,6 +107,50 @@ def test_unknown_options_and_models_are_refused() -> None:
         LLM("anything", max_seqs=4)
     with pytest.raises(SetupError, match="no model"):
         LLM("/nowhere/at/all")
+
+
+def test_a_shared_beginning_is_computed_once(llm: LLM) -> None:
+    beginning = random_prompt(7, 64)
+    prompts = [beginning + random_prompt(i, 9) for i in range(4)]
+    results = llm.generate(prompts, GREEDY)
+    assert [result.num_cached_tokens for result in results] == [0, 64, 64, 64]
+    assert llm.generate(prompts, GREEDY) == results
+
+
+def test_a_thousand_prompts_wait_for_a_seat_and_get_one(llm: LLM) -> None:
+    prompts = [[1 + i % 300, i // 300] for i in range(1000)]
+    results = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+    assert [result.prompt_token_ids for result in results] == prompts
+    assert all(len(result.outputs[0].token_ids) == 2 for result in results)
+    assert results[700:703] == llm.generate(
+        prompts[700:703], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    )
+
+
+def test_no_choices_at_all_are_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="n is 0"):
+        llm.generate([1, 2], SamplingParams(n=0))
+
+
+@pytest.mark.model
+def test_the_next_turn_of_a_chat_reuses_the_last_one(smollm: LLM) -> None:
+    chat = [{"role": "user", "content": "Write three sentences about the sea."}]
+    params = SamplingParams(temperature=0.0, max_tokens=80)
+    [first] = smollm.chat(chat, params)
+    answer = first.outputs[0]
+    chat += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And now about mountains."}]
+    [second] = smollm.chat(chat, params)
+    # The text may become other tokens where answer and template meet, so not all of it need be found.
+    assert second.num_cached_tokens >= len(first.prompt_token_ids) + len(answer.token_ids) - 32
+    smollm.engine.close()
+    fresh = SequenceRequest(
+        id="uncached",
+        prompt=second.prompt_token_ids,
+        sampling=params,
+        stop_ids=smollm.tokenizer.stop_ids,
+        cache_salt=None,
+    )
+    assert run(smollm.engine, fresh)["uncached"].tokens == second.outputs[0].token_ids
 
 
 @pytest.mark.model
@@ -125,6 +171,19 @@ def test_chat_answers_through_the_template(smollm: LLM) -> None:
     assert smollm.chat(questions[0], params) == [france]
     with pytest.raises(InvalidRequest, match="messages are not as they should be"):
         smollm.chat([{"content": "no role"}])
+
+
+@pytest.mark.model
+def test_drafts_change_no_text(default_model: ModelFiles, smollm: LLM) -> None:
+    drafting = LLM(str(default_model.path), max_num_seqs=8, num_blocks=200, drafter="ngram")
+    prompts = ["one two three one two three one two", "def add(a, b):\n    return a + b\n\ndef sub(a, b):", "The sea"]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=40, logprobs=1, stop=("four", "\n\n")),
+        SamplingParams(temperature=0.4, seed=2, max_tokens=40, frequency_penalty=0.2, stop=("div",)),
+        SamplingParams(temperature=0.0, max_tokens=30, repetition_penalty=1.1, min_tokens=10),
+    ]
+    assert drafting.generate(prompts, params) == smollm.generate(prompts, params)
+    assert drafting.engine.load().steps < 40  # each alone would take about that many
 
 
 @pytest.mark.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -35,8 +36,7 @@ def row(
         seed=seed,
         choice=choice,
         position=position,
-        prompt_ids=list(prompt),
-        output_ids=list(output),
+        counts=dict.fromkeys(prompt, 0) | Counter(output),
         banned=frozenset(banned),
     )
 
@@ -72,12 +72,12 @@ def naive_scores(logits: np.ndarray, row: SampleRow) -> np.ndarray:
         scores[i] += np.float32(bias)
     for i in row.banned:
         scores[i] = -np.inf
-    for i in set(row.prompt_ids) | set(row.output_ids):
+    for i, count in row.counts.items():
         penalty = np.float32(s.repetition_penalty)
         scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
-    for i in set(row.output_ids):
-        scores[i] -= np.float32(s.frequency_penalty * list(row.output_ids).count(i))
-        scores[i] -= np.float32(s.presence_penalty)
+        if count:
+            scores[i] -= np.float32(s.frequency_penalty * count)
+            scores[i] -= np.float32(s.presence_penalty)
     return scores
 
 

@@ -1,15 +1,8 @@
-"""Stories about the scheduler, and properties that hold for any traffic."""
+"""Stories about the scheduler: who runs, who waits, who gives way."""
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from springtide.core.errors import InvalidRequest
 from springtide.policy.scheduler import Batch, Scheduler
@@ -35,60 +28,6 @@ def run_step(scheduler: Scheduler) -> Batch:
 
 def tokens_of(batch: Batch) -> dict[str, int]:
     return {item.id: item.count for item in batch.items}
-
-
-@dataclass
-class World:
-    """A scheduler, a model that ends sequences at their `max_num_tokens`, and checks of what must always hold."""
-
-    scheduler: Scheduler
-    limits: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    computed: dict[str, int] = field(default_factory=dict)
-    finished: list[str] = field(default_factory=list)
-
-    def add(self, name: str, prompt: int, answer: int, priority: int = 0) -> None:
-        self.scheduler.add(name, num_tokens=prompt, max_num_tokens=prompt + answer, priority=priority)
-        self.limits[name], self.tokens[name], self.computed[name] = prompt + answer, prompt, 0
-
-    def cancel(self, name: str) -> None:
-        self.scheduler.cancel(name)
-        self.tokens.pop(name, None)
-
-    def step(self) -> Batch:
-        batch = self.scheduler.schedule()
-        self.check(batch)
-        new = {item.id: 1 for item in batch.items if item.samples}
-        for item in batch.items:
-            self.computed[item.id] += item.count
-            self.tokens[item.id] += item.samples
-        over = [name for name in new if self.tokens[name] == self.limits[name]]
-        self.scheduler.update(batch, new, over)
-        for name in over:
-            del self.tokens[name]
-        self.finished += over
-        return batch
-
-    def check(self, batch: Batch) -> None:
-        for name in batch.preempted:
-            self.computed[name] = 0
-        ids = [item.id for item in batch.items]
-        assert len(set(ids)) == len(ids)
-        assert not set(ids) & set(batch.preempted)
-        assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert bool(ids) == bool(self.tokens)
-        for item in batch.items:
-            assert item.count > 0
-            assert item.start == self.computed[item.id]
-            assert item.samples == (item.start + item.count == self.tokens[item.id])
-        load = self.scheduler.load()
-        assert load.running + load.waiting == len(self.tokens)
-        assert load.running <= self.scheduler.max_num_running
-        held = sum(-(-(item.start + item.count) // self.scheduler.pool.block_size) for item in batch.items)
-        assert held <= load.blocks_total - load.blocks_free
-
-
-# ---- stories
 
 
 def test_a_prompt_runs_in_chunks_and_then_token_by_token() -> None:
@@ -250,117 +189,122 @@ def test_quiet_steps_stop_before_memory_runs_out_and_before_the_end() -> None:
     assert run_step(s).preempted == ("b",)
 
 
-# ---- properties
-
-sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
-configs = st.fixed_dictionaries(
-    {
-        "max_num_seqs": st.integers(1, 6),
-        "max_num_batched_tokens": st.integers(1, 24),
-        "num_blocks": st.integers(20, 40),
-        "block_size": st.sampled_from([1, 4, 16]),
-    }
-)
-traffic = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 40), st.integers(-1, 1)),
-        st.tuples(st.just("cancel"), st.integers(0, 40)),
-        st.tuples(st.just("step"), st.integers(1, 6)),
-    ),
-    max_size=40,
-)
+# ---- blocks, as batches name them
 
 
-def play(world: World, event: tuple[Any, ...], serial: int) -> None:
-    match event:
-        case ("add", prompt, answer, priority):
-            room = world.scheduler.pool.num_blocks * world.scheduler.pool.block_size
-            prompt = min(prompt, room - 1)
-            world.add(f"s{serial}", prompt, min(answer, room - prompt), priority)
-        case ("cancel", which):
-            world.cancel(f"s{which}")
-        case ("step", times):
-            for _ in range(times):
-                world.step()
+def test_a_batch_names_the_blocks_that_each_sequence_gains() -> None:
+    s = scheduler(max_num_batched_tokens=8, block_size=4)
+    s.add("a", num_tokens=11, max_num_tokens=30)
+    tables = [(item.new_blocks, item.num_blocks) for _ in range(4) for item in run_step(s).items]
+    assert tables == [((0, 1, 2), 3), ((), 3), ((), 3), ((3,), 4)]
 
 
-def play_all(config: dict[str, int], events: list[tuple[Any, ...]]) -> World:
-    world = World(Scheduler(**config))
-    for serial, event in enumerate(events):
-        play(world, event, serial)
-    return world
+def test_a_preempted_sequence_gets_a_new_table() -> None:
+    s = scheduler(num_blocks=6, block_size=4)
+    s.add("old", num_tokens=8, max_num_tokens=24)
+    s.add("young", num_tokens=7, max_num_tokens=24)
+    while "young" not in run_step(s).preempted:
+        pass
+    s.cancel("old")
+    item = run_step(s).items[0]
+    assert item.start == 0
+    assert len(item.new_blocks) == item.num_blocks == 3
 
 
-@settings(max_examples=150, deadline=None)
-@given(configs, traffic)
-def test_every_sequence_ends_exactly_once_and_every_block_comes_back(config: Any, events: Any) -> None:
-    world = play_all(config, events)
-    for _ in range(20_000):
-        if not world.scheduler.has_work():
-            break
-        world.step()
-    assert not world.scheduler.has_work(), "somebody starves"
-    assert all(count == 1 for count in Counter(world.finished).values())
-    load = world.scheduler.load()
-    assert (load.running, load.waiting, load.blocks_free) == (0, 0, load.blocks_total)
-
-
-@settings(max_examples=50, deadline=None)
-@given(configs, traffic)
-def test_the_same_traffic_gives_the_same_batches(config: Any, events: Any) -> None:
-    first, second = play_all(config, events), play_all(config, events)
-    assert [first.step() for _ in range(5)] == [second.step() for _ in range(5)]
-
-
-@settings(max_examples=150, deadline=None)
-@given(configs, traffic, st.data())
-def test_advancing_equals_that_many_single_steps(config: Any, events: Any, data: st.DataObject) -> None:
-    world = play_all(config, events)
-    for _ in range(12):
-        if not world.scheduler.quiet_steps():
-            world.step()
-    quiet = world.scheduler.quiet_steps()
-    steps = data.draw(st.integers(0, quiet))
-    one_by_one, at_once = copy.deepcopy(world.scheduler), copy.deepcopy(world.scheduler)
-    at_once.advance(steps)
-    for _ in range(steps):
-        batch = run_step(one_by_one)
-        assert not batch.preempted
-        assert all(item.samples and item.count == 1 for item in batch.items)
-        assert len(batch.items) == world.scheduler.load().running
-    assert one_by_one.load() == at_once.load()
-    assert one_by_one.quiet_steps() == at_once.quiet_steps() == quiet - steps
-    assert one_by_one.schedule() == at_once.schedule()
-
-
-@settings(max_examples=100, deadline=None)
-@given(configs, st.lists(sizes, min_size=1, max_size=12), sizes, st.lists(sizes, max_size=30))
-def test_delay_is_bounded_by_what_came_before(config: Any, before: Any, mine: Any, after: Any) -> None:
-    """However much comes after it, a sequence waits only for the work of those that came before."""
-    config = config | {"block_size": 16}  # memory for all: preemption has its own bound, by rank
-    world = World(Scheduler(**config))
-    for serial, (prompt, answer) in enumerate(before):
-        world.add(f"before {serial}", prompt, answer)
-    world.add("mine", *mine)
-    # Each step gives every running elder at least a token, or gives the first that is behind half of what is left.
-    bound = 2 * (sum(prompt + answer for prompt, answer in before) + sum(mine))
-    for step in range(bound):
-        if step < len(after):
-            world.add(f"after {step}", *after[step])
-        world.step()
-        if "mine" in world.finished:
-            return
-    pytest.fail("it waited longer than its elders' work explains")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(8, 64), st.integers(1, 4), st.integers(1, 2_000))
-def test_a_short_prompt_starts_at_once_whatever_the_long_ones_are(budget: int, longs: int, length: int) -> None:
-    s = Scheduler(max_num_seqs=8, max_num_batched_tokens=budget, num_blocks=10_000, block_size=4)
-    for serial in range(longs):
-        s.add(f"long {serial}", num_tokens=length + budget * 2, max_num_tokens=length + budget * 2 + 1)
+def test_blocks_that_no_token_will_read_are_given_back_one_by_one_and_only_once() -> None:
+    s = scheduler(num_blocks=10, block_size=4)
+    s.add("window", num_tokens=16, max_num_tokens=40)
     run_step(s)
-    s.add("short", num_tokens=budget // 2, max_num_tokens=budget)
+    s.release_blocks("window", 3)
+    s.release_blocks("window", 2)
+    assert s.load().blocks_free == 10 - 1
+    item = run_step(s).items[0]
+    assert (item.num_blocks, len(item.new_blocks)) == (5, 1), "the table keeps its length"
+    s.release_blocks("window", 4)
+    s.cancel("window")
+    s.release_blocks("window", 4)
+    assert s.load().blocks_free == 10
+
+
+# ---- drafts
+
+
+def test_drafts_run_behind_the_newest_token_and_accepted_ones_count() -> None:
+    s = scheduler(block_size=4)
+    s.add("a", num_tokens=4, max_num_tokens=40)
+    assert s.can_draft() == []
+    run_step(s)
+    assert s.can_draft() == ["a"]
+    batch = s.schedule({"a": 5})
+    item = batch.items[0]
+    assert (item.start, item.count, item.num_drafts, item.samples) == (4, 6, 5, True)
+    s.update(batch, {"a": 3})  # two drafts and one more
+    again = run_step(s).items[0]
+    assert (again.start, again.count, again.num_drafts) == (7, 1, 0)
+
+
+def test_the_blocks_of_rejected_drafts_roll_back() -> None:
+    s = scheduler(num_blocks=8, block_size=4)
+    s.add("a", num_tokens=6, max_num_tokens=30)
+    run_step(s)
+    batch = s.schedule({"a": 10})
+    assert (batch.items[0].num_blocks, s.load().blocks_free) == (5, 3)
+    s.update(batch, {"a": 1})
+    assert s.load().blocks_free == 6
+    run_step(s)
+    item = run_step(s).items[0]
+    assert (len(item.new_blocks), item.num_blocks) == (1, 3), "the third place of its table is taken anew"
+
+
+def test_drafts_get_only_what_is_left_of_budget_and_memory() -> None:
+    s = scheduler(max_num_seqs=3, max_num_batched_tokens=9, num_blocks=12, block_size=4)
+    s.add("a", num_tokens=3, max_num_tokens=20)
+    s.add("b", num_tokens=4, max_num_tokens=20)
+    run_step(s)
+    s.add("prompt", num_tokens=4, max_num_tokens=5)
+    batch = s.schedule({"a": 9, "b": 9, "prompt": 9, "nobody": 9})
+    assert {item.id: (item.count, item.num_drafts) for item in batch.items} == {
+        "a": (4, 3),
+        "b": (1, 0),
+        "prompt": (4, 0),
+    }
+    s.update(batch, {"a": 4, "b": 1})
+    s.cancel("prompt")
+    s.add("big", num_tokens=14, max_num_tokens=15)
+    batch = s.schedule({"a": 9, "b": 9})
+    assert batch.items[0].count == 1, "the prompt wants all of the budget"
+
+
+def test_drafts_preempt_nobody_and_hold_up_no_admission() -> None:
+    s = scheduler(num_blocks=4, block_size=4)
+    s.add("a", num_tokens=3, max_num_tokens=16)
+    run_step(s)
+    batch = s.schedule({"a": 12})
+    assert batch.items[0].num_drafts == 11
+    s.update(batch, {"a": 1})
+    s.add("b", num_tokens=4, max_num_tokens=5)
+    batch = s.schedule({"a": 12})
+    assert batch.preempted == ()
+    assert {item.id: item.num_drafts for item in batch.items} == {"a": 7, "b": 0}
+
+
+def test_no_draft_runs_that_could_not_be_followed_by_a_token() -> None:
+    s = scheduler()
+    s.add("a", num_tokens=4, max_num_tokens=8)
+    run_step(s)
+    batch = s.schedule({"a": 10})
+    assert batch.items[0].num_drafts == 2  # tokens 5 and 6; the eighth is the last and does not run
+    s.update(batch, {"a": 2})
+    assert s.can_draft() == [], "its next token is its last"
+    assert s.schedule({"a": 10}).items[0].num_drafts == 0
+
+
+def test_a_sequence_cancelled_between_schedule_and_update_leaves_no_trace_even_if_its_id_comes_again() -> None:
+    s = scheduler(block_size=4)
+    s.add("a", num_tokens=4, max_num_tokens=8)
     batch = s.schedule()
-    assert tokens_of(batch)["short"] == budget // 2
-    assert batch.num_tokens == budget
+    s.cancel("a")
+    s.add("a", num_tokens=6, max_num_tokens=8)
+    s.update(batch, {"a": 1})
+    item = run_step(s).items[0]
+    assert (item.start, item.count) == (0, 6)

@@ -31,7 +31,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to run. `output` is what it had already produced elsewhere (resume): it is prefilled like
     the prompt, but positions, penalties and `max_tokens` count it as output. `choice` and `sampling.seed` key
-    the noise (design 4.5). `stop_ids` end it unless `sampling.ignore_eos`; `sampling.stop_token_ids` always."""
+    the noise. `stop_ids` end it unless `sampling.ignore_eos`; `sampling.stop_token_ids` always. Sequences of equal
+    `cache_salt` share what is cached of their prefixes; None: its own is neither looked up nor kept."""
 
     id: str
     prompt: list[int]
@@ -40,6 +41,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, kw_only=True):
     output: list[int] = []
     stop_ids: tuple[int, ...] = ()
     priority: int = 0
+    cache_salt: str | None = ""
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):

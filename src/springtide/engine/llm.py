@@ -10,13 +10,15 @@ for result in llm.generate(["The tide comes"], SamplingParams(max_tokens=20)):
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import msgspec
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from springtide.core.config import DEFAULT_MODEL, load_settings
 from springtide.core.engine_api import SequenceOutput, SequenceRequest, TokenScore
@@ -30,6 +32,7 @@ from springtide.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Message | Mapping[str, Any]]
+_Show: TypeAlias = Callable[[int, int], None]  # prompts done, output tokens so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +60,13 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one prompt gave. `prompt` is None where it was given as token ids."""
+    """What one prompt gave. `prompt` is None where it was given as token ids. `num_cached_tokens`: so many of its
+    tokens were not computed, but found in the prefix cache; two results that differ in this alone are equal."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    num_cached_tokens: int = field(default=0, compare=False)
 
 
 class LLM:
@@ -102,19 +107,21 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts (strings or lists of token ids), all in one batch; one result a prompt, in order.
+        """Complete prompts (strings or lists of token ids), as many at once as the engine has seats; one result a
+        prompt, in order. What prompts have in common at their beginnings is computed once, and kept for later calls.
 
-        `params` is for all prompts or one for each. `progress` shows a bar, by default if stderr is a terminal.
+        `params` is for all prompts or one for each. `progress` shows a bar (prompts done, output tokens per second),
+        by default if stderr is a terminal.
 
         Raises:
             InvalidRequest: a prompt or a parameter that can't be; nothing has run then.
         """
         texts_or_ids = _as_prompts(prompts)
         encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in texts_or_ids]
-        results = self._complete(encoded, _one_each(params, len(encoded)), progress, continues=True)
+        groups = self._complete(encoded, _one_each(params, len(encoded)), progress, continues=True)
         return [
-            RequestOutput(prompt if isinstance(prompt, str) else None, ids, outputs)
-            for prompt, ids, outputs in zip(texts_or_ids, encoded, results, strict=True)
+            _result(prompt if isinstance(prompt, str) else None, group)
+            for prompt, group in zip(texts_or_ids, groups, strict=True)
         ]
 
     def chat(
@@ -126,8 +133,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the model's chat template. As `generate` else."""
         encoded = [self.tokenizer.render_chat(conversation) for conversation in _as_conversations(messages)]
-        results = self._complete(encoded, _one_each(params, len(encoded)), progress, continues=False)
-        return [RequestOutput(None, ids, outputs) for ids, outputs in zip(encoded, results, strict=True)]
+        groups = self._complete(encoded, _one_each(params, len(encoded)), progress, continues=False)
+        return [_result(None, group) for group in groups]
 
     def close(self) -> None:
         """Forget all sequences. The memory goes with the object."""
@@ -135,24 +142,24 @@ class LLM:
 
     def _complete(
         self, prompts: list[list[int]], params: list[SamplingParams], progress: bool | None, *, continues: bool
-    ) -> list[list[CompletionOutput]]:
+    ) -> list[list[_Choice]]:
+        """Run them all to their ends: the choices of each prompt."""
         groups = [
-            [self._start(ids, sampling, choice, continues) for choice in range(sampling.n)]
+            [self._start(ids, sampling, choice, continues) for choice in range(sampling.check().n)]
             for ids, sampling in zip(prompts, params, strict=True)
         ]
-        choices = {choice.request.id: choice for group in groups for choice in group}
+        requests = [choice.request for group in groups for choice in group]
         try:
-            for choice in choices.values():
-                self.engine.add(choice.request)
-            with _bar(len(choices), progress) as advance:
-                self._run(choices, advance)
+            for request in requests:
+                self.engine.add(request)
+            with _bar(len(groups), progress) as show:
+                self._run(groups, show)
         finally:
-            for sequence_id in choices:  # those that are still there: after an error, or Ctrl-C
-                self.engine.cancel(sequence_id)
-        return [[choice.output for choice in group] for group in groups]
+            for request in requests:  # those that are still there: after an error, or Ctrl-C
+                self.engine.cancel(request.id)
+        return groups
 
     def _start(self, prompt: list[int], sampling: SamplingParams, choice: int, continues: bool) -> _Choice:
-        sampling.check()
         if sampling.stop:
             _ = self.tokenizer  # stop strings need one
         self._num_requests += 1
@@ -162,14 +169,20 @@ class LLM:
         )
         return _Choice(request, self._tokenizer, continues)
 
-    def _run(self, choices: dict[str, _Choice], advance: Any) -> None:
+    def _run(self, groups: list[list[_Choice]], show: _Show) -> None:
+        choices = {choice.request.id: (number, choice) for number, group in enumerate(groups) for choice in group}
+        running = [len(group) for group in groups]
+        num_done = num_tokens = 0
         while self.engine.has_work():
             for output in self.engine.step():
-                choice = choices[output.id]
+                number, choice = choices[output.id]
                 choice.take(output)
+                num_tokens += len(output.token_ids)
                 if choice.output.finish_reason is not None:
                     self.engine.cancel(output.id)  # a stop string ended it, the engine does not know
-                    advance()
+                    running[number] -= 1
+                    num_done += running[number] == 0
+            show(num_done, num_tokens)
 
 
 class _Choice:
@@ -178,6 +191,7 @@ class _Choice:
     def __init__(self, request: SequenceRequest, tokenizer: Tokenizer | None, continues: bool) -> None:
         self.request = request
         self.output = CompletionOutput(index=request.choice)
+        self.num_cached_tokens = 0
         if request.sampling.logprobs is not None:
             self.output.logprobs = []
         self._tokenizer = tokenizer
@@ -190,20 +204,23 @@ class _Choice:
         self._stop_ids = frozenset(() if sampling.ignore_eos else request.stop_ids).union(sampling.stop_token_ids)
 
     def take(self, step: SequenceOutput) -> None:
-        """Take in what one step gave."""
-        self.output.token_ids += step.token_ids
+        """Take in what one step gave: of its tokens, those up to the one that completed a stop string."""
         self.output.finish_reason, self.output.error = step.finish_reason, step.error
+        count = len(step.token_ids) if self._text is None else self._take_text(self._text, step)
+        self.output.token_ids += step.token_ids[:count]
         if self.output.logprobs is not None:
-            self.output.logprobs += [self._logprobs(score) for score in step.scores or []]
-        if self._text is not None:
-            self._take_text(self._text, step)
+            self.output.logprobs += [self._logprobs(score) for score in (step.scores or [])[:count]]
+        self.num_cached_tokens = max(self.num_cached_tokens, step.cached_tokens)
 
-    def _take_text(self, text: OutputText, step: SequenceOutput) -> None:
+    def _take_text(self, text: OutputText, step: SequenceOutput) -> int:
+        """How many of the step's tokens are part of the answer."""
+        before = text.consumed
         self.output.text += text.push(step.token_ids, stop_ids=self._stop_ids)
         if text.matched is not None:
             self.output.finish_reason = "stop"
         elif step.finish_reason is not None:
             self.output.text += text.finish()
+        return text.consumed - before
 
     def _logprobs(self, score: TokenScore) -> dict[int, Logprob]:
         ranks = {token: rank for rank, (token, _) in enumerate(score.top, start=1)}
@@ -214,6 +231,11 @@ class _Choice:
         if self._tokenizer is None:
             return None
         return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+
+def _result(prompt: str | None, group: list[_Choice]) -> RequestOutput:
+    first = group[0]
+    return RequestOutput(prompt, first.request.prompt, [choice.output for choice in group], first.num_cached_tokens)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -242,14 +264,18 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
 
 
 @contextmanager
-def _bar(total: int, wanted: bool | None) -> Iterator[Any]:
-    """A progress bar on stderr, or none; yields what to call when one more is done."""
+def _bar(num_prompts: int, wanted: bool | None) -> Iterator[_Show]:
+    """A progress bar on stderr, or none; yields what to tell how many prompts are done and how many tokens out."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda: None
+        yield lambda done, tokens: None
         return
-    from rich.console import Console
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task: TaskID = progress.add_task("completions", total=total)
-        yield lambda: progress.advance(task)
+        task = progress.add_task("prompts", total=num_prompts, rate=0.0)
+        started = time.monotonic()
+
+        def show(done: int, tokens: int) -> None:
+            progress.update(task, completed=done, rate=tokens / max(time.monotonic() - started, 1e-6))
+
+        yield show

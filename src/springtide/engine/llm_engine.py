@@ -1,36 +1,43 @@
-"""The engine: schedule, run, sample, update. Token ids in, token ids out; knows no text and no sockets.
+"""The engine: draft, schedule, run, sample, update. Token ids in, token ids out; knows no text and no sockets.
 
-`LLMEngine.step` is the whole loop. What to run, the scheduler decides (`springtide.policy.scheduler`); how, the
-runner knows (`runner.py`); which token comes next, the sampler (`sampler.py`). Here lie the sequences' token ids
-and the rules by which they end.
+`LLMEngine.step` is the whole loop. What may come next, a drafter guesses (`drafting/`); what to run, the scheduler
+decides (`springtide.policy.scheduler`); how, the runner knows (`runner.py`); which token comes next, the sampler
+(`sampler.py`). The sequences' token ids, and the rules by which they end, lie in `sequence.py`.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from springtide.core.engine_api import EngineInfo, EngineLoad, SequenceOutput, SequenceRequest, TokenScore
-from springtide.core.errors import ContextTooLong, InvalidRequest
+from springtide.core.errors import InvalidRequest
 from springtide.core.fetch import Progress, silent
-from springtide.core.request import FinishReason
 from springtide.core.store import ModelFiles
 from springtide.engine import sampler
 from springtide.engine.config import EngineConfig
+from springtide.engine.drafting.base import Drafter
+from springtide.engine.drafting.registry import choose_drafter
 from springtide.engine.jit import have_compiled
 from springtide.engine.kv import PAGE_SIZE
-from springtide.engine.runner import Chunk, ModelRunner, load_runner, resolve_context_length
-from springtide.engine.sampler import SampleError, SampleRow, sample
+from springtide.engine.loading import load_runner, resolve_context_length
+from springtide.engine.models.config import ModelConfig
+from springtide.engine.runner import Chunk, ModelRunner
+from springtide.engine.sampler import SampleError, SampleResult, sample
+from springtide.engine.sequence import Sequence
 from springtide.policy.scheduler import Batch, Scheduled, Scheduler
 
 
 class LLMEngine:
     """`springtide.core.engine_api.Engine` over a model of our own. One thread at a time."""
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, *, model: str, digest: str) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, drafter: Drafter | None, *, model: str, digest: str
+    ) -> None:
         model_config = runner.model.config
         num_blocks = runner.pool.num_blocks
         dtype = str(runner.pool.k.dtype).removeprefix("torch.")
@@ -53,7 +60,10 @@ class LLMEngine:
             num_blocks=num_blocks,
             block_size=PAGE_SIZE,
         )
-        self._sequences: dict[str, _Sequence] = {}
+        self._drafter = drafter
+        self._draft_tokens = config.draft_tokens
+        self._reach = _reach(model_config)
+        self._sequences: dict[str, Sequence] = {}
         self._ended: list[SequenceOutput] = []  # over before they began; told by the next step
 
     @classmethod
@@ -67,11 +77,11 @@ class LLMEngine:
         """
         config = config or EngineConfig()
         progress("loading the model", 0, None)
-        runner = load_runner(files, config)
+        runner = load_runner(files, config, progress)
         progress("warming up" if have_compiled() else "compiling kernels (first start only)", 0, None)
         runner.warm_up()
         sampler.warm_up(runner.model.config.vocab_size)
-        return cls(runner, config, model=files.name, digest=files.digest)
+        return cls(runner, config, choose_drafter(config.drafter), model=files.name, digest=files.digest)
 
     def add(self, sequence: SequenceRequest) -> None:
         """Queue a sequence. One whose `output` is already complete just gets its last word from the next step.
@@ -82,7 +92,7 @@ class LLMEngine:
         """
         assert sequence.id not in self._sequences, f"sequence {sequence.id} is already here"
         _check_token_ids(sequence, self.info.vocab_size)
-        added = _Sequence(sequence, self.info.context_length, self.info.vocab_size)
+        added = Sequence(sequence, self.info.context_length, self.info.vocab_size)
         reason = added.finish_reason()
         if reason is not None:
             self._ended.append(SequenceOutput(id=sequence.id, token_ids=[], finish_reason=reason))
@@ -92,15 +102,15 @@ class LLMEngine:
             num_tokens=len(added.tokens),
             max_num_tokens=len(sequence.prompt) + added.max_tokens,
             priority=sequence.priority,
+            block_hashes=added.block_hashes,
         )
         self._sequences[sequence.id] = added
 
     def cancel(self, sequence_id: str) -> None:
         """Forget a sequence and free its pages at once. Unknown ids are ignored; no output follows."""
         self._ended = [output for output in self._ended if output.id != sequence_id]
-        self._sequences.pop(sequence_id, None)
         self._scheduler.cancel(sequence_id)
-        self._runner.release(sequence_id)
+        self._forget(sequence_id)
 
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
@@ -108,11 +118,12 @@ class LLMEngine:
     def step(self) -> list[SequenceOutput]:
         """Run one batch: what each sequence of it that got so far gained, and who ended."""
         outputs, self._ended = self._ended, []
-        batch = self._scheduler.schedule()
+        drafts = self._draft()
+        batch = self._scheduler.schedule({sequence_id: len(tokens) for sequence_id, tokens in drafts.items()})
         for sequence_id in batch.preempted:
             self._runner.release(sequence_id)
         if batch.items:
-            outputs += self._run(batch)
+            outputs += self._run(batch, drafts)
         return outputs
 
     def load(self) -> EngineLoad:
@@ -120,92 +131,95 @@ class LLMEngine:
 
     def close(self) -> None:
         """Forget all sequences."""
+        self._ended.clear()
         for sequence_id in list(self._sequences):
             self.cancel(sequence_id)
 
-    def _run(self, batch: Batch) -> list[SequenceOutput]:
-        logits = self._runner.run([self._chunk(item) for item in batch.items])
-        outputs = self._sample([item.id for item in batch.items if item.samples], logits)
+    def _draft(self) -> dict[str, list[int]]:
+        """What may follow the newest token of each sequence that has nothing else to run."""
+        drafter = self._drafter
+        if drafter is None:
+            return {}
+        return {
+            sequence_id: drafter.propose(sequence_id, self._sequences[sequence_id].tokens, self._draft_tokens)
+            for sequence_id in self._scheduler.can_draft()
+        }
+
+    def _run(self, batch: Batch, offered: Mapping[str, list[int]]) -> list[SequenceOutput]:
+        drafts = {item.id: offered[item.id][: item.num_drafts] if item.num_drafts else [] for item in batch.items}
+        logits = self._runner.run([self._chunk(item, drafts[item.id]) for item in batch.items])
+        outputs = self._sample({item.id: drafts[item.id] for item in batch.items if item.samples}, logits)
         finished = [output.id for output in outputs if output.finish_reason is not None]
         self._scheduler.update(batch, {output.id: len(output.token_ids) for output in outputs}, finished)
         for sequence_id in finished:
-            del self._sequences[sequence_id]
-            self._runner.release(sequence_id)
+            self._forget(sequence_id)
+        self._release_unreachable(batch)
         return outputs
 
-    def _chunk(self, item: Scheduled) -> Chunk:
-        tokens = self._sequences[item.id].tokens[item.start : item.start + item.count]
-        return Chunk(item.id, item.start, tokens, wants_logits=item.samples)
+    def _chunk(self, item: Scheduled, drafts: list[int]) -> Chunk:
+        sequence = self._sequences[item.id]
+        sequence.runs_from(item.start)
+        return Chunk(
+            item.id,
+            item.start,
+            sequence.tokens[item.start : item.start + item.count - len(drafts)] + drafts,
+            num_logits=1 + len(drafts) if item.samples else 0,
+            new_blocks=item.new_blocks,
+            num_blocks=item.num_blocks,
+        )
 
-    def _sample(self, ids: list[str], logits: Tensor) -> list[SequenceOutput]:
-        """The next token of each sequence from its row of logits; a row without one ends just its sequence."""
-        results = sample(logits.numpy(), [self._sequences[sequence_id].sample_row() for sequence_id in ids])
-        return [
-            _failed(sequence_id, result) if isinstance(result, SampleError) else self._accept(sequence_id, *result)
-            for sequence_id, result in zip(ids, results, strict=True)
-        ]
+    def _sample(self, drafts: Mapping[str, list[int]], logits: Tensor) -> list[SequenceOutput]:
+        """What each of the sequences in `drafts` gains: it has a row of logits for its newest token, and one for
+        each of its drafts."""
+        rows = [row for sequence_id, ahead in drafts.items() for row in self._sequences[sequence_id].sample_rows(ahead)]
+        results = iter(sample(logits.numpy(), rows))
+        return [_accept(self._sequences[sequence_id], ahead, results) for sequence_id, ahead in drafts.items()]
 
-    def _accept(self, sequence_id: str, token: int, score: TokenScore | None) -> SequenceOutput:
-        sequence = self._sequences[sequence_id]
+    def _release_unreachable(self, batch: Batch) -> None:
+        """Where no layer looks back further than a window, free the blocks that have fallen out of it."""
+        if self._reach is None:
+            return
+        for item in batch.items:
+            if item.id in self._sequences:
+                num_tokens = len(self._sequences[item.id].tokens)
+                next_position = num_tokens - 1 if item.samples else item.start + item.count  # that will run
+                self._scheduler.release_blocks(item.id, max(0, next_position + 1 - self._reach) // PAGE_SIZE)
+
+    def _forget(self, sequence_id: str) -> None:
+        """Leave no trace of a sequence beside the scheduler's."""
+        self._sequences.pop(sequence_id, None)
+        self._runner.release(sequence_id)
+        if self._drafter is not None:
+            self._drafter.forget(sequence_id)
+
+
+def _reach(config: ModelConfig) -> int | None:
+    """How many of the newest positions a row may attend to, its own included; None: all."""
+    windows = [layer.window for layer in config.layers]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def _accept(sequence: Sequence, drafts: list[int], results: Iterator[SampleResult]) -> SequenceOutput:
+    """Take what was sampled as long as the drafts foretold it, and then the first token that they did not: each
+    row was sampled just as it would have been without drafts, so the tokens are the same ones."""
+    output = SequenceOutput(id=sequence.request.id, token_ids=[])
+    if not sequence.num_gained:
+        output.cached_tokens = sequence.cached_tokens or 0
+    scores: list[TokenScore] = []
+    for draft, result in zip([*drafts, None], list(islice(results, len(drafts) + 1)), strict=True):
+        if isinstance(result, SampleError):
+            if not output.token_ids:  # else it is told when its row comes first
+                output.finish_reason, output.error = "error", result.reason
+            break
+        token, score = result
         sequence.append(token)
-        return SequenceOutput(
-            id=sequence_id,
-            token_ids=[token],
-            scores=None if score is None else [score],
-            finish_reason=sequence.finish_reason(),
-        )
-
-
-class _Sequence:
-    """A request's token ids as they grow, and the rules by which they end."""
-
-    def __init__(self, request: SequenceRequest, context_length: int, vocab_size: int) -> None:
-        sampling = request.sampling
-        self.request = request
-        self.tokens = [*request.prompt, *request.output]
-        self.output = list(request.output)
-        self.max_tokens = _max_tokens(request, context_length)
-        self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        self.ends = frozenset(sampling.stop_token_ids) | (
-            # Of a tokenizer that has more tokens than the model, some never come.
-            frozenset() if sampling.ignore_eos else {id for id in request.stop_ids if id < vocab_size}
-        )
-
-    def append(self, token: int) -> None:
-        self.tokens.append(token)
-        self.output.append(token)
-
-    def finish_reason(self) -> FinishReason | None:
-        """Why it is over, if it is."""
-        if self.output and self.output[-1] in self.ends:
-            return "stop"
-        return "length" if len(self.output) >= self.max_tokens else None
-
-    def sample_row(self) -> SampleRow:
-        """What the sampler must know to choose the next token."""
-        position = len(self.output)
-        return SampleRow(
-            sampling=self.request.sampling,
-            seed=self.seed,
-            choice=self.request.choice,
-            position=position,
-            prompt_ids=self.request.prompt,
-            output_ids=self.output,
-            banned=self.ends if position < self.request.sampling.min_tokens else frozenset(),
-        )
-
-
-def _max_tokens(request: SequenceRequest, context_length: int) -> int:
-    """How many tokens the output may have: as asked for, else as many as the context holds."""
-    prompt, asked = len(request.prompt), request.sampling.max_tokens
-    if prompt + (asked or 1) > context_length:
-        wanted = f"{asked} for the answer" if asked else "none left for the answer"
-        raise ContextTooLong(
-            f"this model's context holds {context_length} tokens, but {prompt + (asked or 0)} are asked for: "
-            f"{prompt} in the prompt and {wanted}",
-            hint="shorten the prompt or lower max_tokens",
-        )
-    return asked or context_length - prompt
+        output.token_ids.append(token)
+        scores += [] if score is None else [score]
+        output.finish_reason = sequence.finish_reason()
+        if token != draft or output.finish_reason is not None:
+            break
+    output.scores = scores or None
+    return output
 
 
 def _check_token_ids(request: SequenceRequest, vocab_size: int) -> None:
@@ -217,14 +231,10 @@ def _check_token_ids(request: SequenceRequest, vocab_size: int) -> None:
     _check_range(list(sampling.logit_bias), vocab_size, "logit_bias")
 
 
-def _check_range(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+def _check_range(token_ids: abc.Sequence[int], vocab_size: int, param: str) -> None:
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise InvalidRequest(f"token id {wrong} in {param} is outside the vocabulary [0, {vocab_size})", param=param)
-
-
-def _failed(sequence_id: str, error: SampleError) -> SequenceOutput:
-    return SequenceOutput(id=sequence_id, token_ids=[], finish_reason="error", error=error.reason)
 
 
 def _numerics(runner: ModelRunner, dtype: str, digest: str) -> str:

@@ -27,8 +27,9 @@ def available_memory() -> int:
     limits = [_system_memory()]
     limit, used = _first_line(_CGROUP / "memory.max"), _first_line(_CGROUP / "memory.current")
     if limit.isdigit() and used.isdigit():
-        cache = _bytes_of(_CGROUP / "memory.stat", "inactive_file")  # counted as used, but given up
-        limits.append(int(limit) - int(used) + (cache or 0))
+        # Files that were read count as used, but are given up: a model that was just checked or fetched, above all.
+        cached = [_bytes_of(_CGROUP / "memory.stat", key) or 0 for key in ("inactive_file", "active_file")]
+        limits.append(int(limit) - int(used) + sum(cached))
     return max(0, min(limits))
 
 

@@ -22,14 +22,14 @@ from springtide.engine.sampler_kernels import sample_rows, score_rows
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """What one row of logits is sampled with. (`seed`, `choice`, `position`) key the noise: `position` counts
-    the sequence's output tokens from 0. `banned` tokens can't be drawn (stop tokens before `min_tokens`)."""
+    the sequence's output tokens from 0. `counts`, which only penalties look at, has every token of prompt and
+    output, and how often it came in the output. `banned` tokens can't be drawn (stop tokens before `min_tokens`)."""
 
     sampling: SamplingParams
     seed: int
     choice: int
     position: int
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
+    counts: Mapping[int, int]
     banned: frozenset[int] = frozenset()
 
 
@@ -44,6 +44,12 @@ class SampleError:
 _COLDEST = 1e-5  # below it only the peak is left, and a division by it may give what is no number
 
 SampleResult: TypeAlias = tuple[int, TokenScore | None] | SampleError
+
+
+def penalises(sampling: SamplingParams) -> bool:
+    """Whether tokens that were there before are drawn with other odds."""
+    s = sampling
+    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
 
 
 def sample(logits: np.ndarray, rows: Sequence[SampleRow]) -> list[SampleResult]:
@@ -89,7 +95,7 @@ def warm_up(vocab_size: int) -> None:
         SamplingParams(presence_penalty=1.0),
         SamplingParams(logprobs=1),
     )
-    rows = [SampleRow(way, seed=0, choice=0, position=1, prompt_ids=[0], output_ids=[0]) for way in ways]
+    rows = [SampleRow(way, seed=0, choice=0, position=1, counts={0: 1}) for way in ways]
     sample(np.zeros((len(rows), vocab_size), dtype=np.float32), rows)
 
 
@@ -117,9 +123,7 @@ def _draw(scores: np.ndarray, which: Sequence[int], rows: Sequence[SampleRow]) -
 
 
 def _changes_scores(row: SampleRow) -> bool:
-    s = row.sampling
-    penalised = s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
-    return penalised or bool(row.banned) or bool(s.logit_bias)
+    return penalises(row.sampling) or bool(row.banned) or bool(row.sampling.logit_bias)
 
 
 def _adjusted(logits: np.ndarray, row: SampleRow) -> np.ndarray:
@@ -129,17 +133,21 @@ def _adjusted(logits: np.ndarray, row: SampleRow) -> np.ndarray:
     for token, bias in s.logit_bias.items():
         scores[token] += bias
     scores[list(row.banned)] = -np.inf
-    with np.errstate(all="ignore"):  # the caller looks at what comes out
-        if s.repetition_penalty != 1.0:
-            seen = np.unique(np.array([*row.prompt_ids, *row.output_ids], dtype=np.int64))
-            scores[seen] = np.where(
-                scores[seen] > 0, scores[seen] / s.repetition_penalty, scores[seen] * s.repetition_penalty
-            )
-        if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
-            produced, counts = np.unique(np.array(row.output_ids, dtype=np.int64), return_counts=True)
-            scores[produced] -= (s.frequency_penalty * counts).astype(np.float32)
-            scores[produced] -= np.float32(s.presence_penalty)
+    if penalises(s):
+        with np.errstate(all="ignore"):  # the caller looks at what comes out
+            _penalise(scores, s, row.counts)
     return scores
+
+
+def _penalise(scores: np.ndarray, s: SamplingParams, counts: Mapping[int, int]) -> None:
+    seen = np.fromiter(counts.keys(), dtype=np.int64, count=len(counts))
+    produced = np.fromiter(counts.values(), dtype=np.int64, count=len(counts))  # how often
+    penalised = scores[seen]
+    if s.repetition_penalty != 1.0:
+        penalised = np.where(penalised > 0, penalised / s.repetition_penalty, penalised * s.repetition_penalty)
+    penalised -= (s.frequency_penalty * produced).astype(np.float32)
+    penalised -= np.float32(s.presence_penalty) * (produced > 0)
+    scores[seen] = penalised
 
 
 def _token_scores(logits: np.ndarray, tokens: Mapping[int, int], rows: Sequence[SampleRow]) -> dict[int, TokenScore]:

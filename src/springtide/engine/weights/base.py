@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -9,21 +10,24 @@ import torch
 from torch import Tensor
 
 from springtide.core.errors import SetupError
+from springtide.core.fetch import Progress, silent
 
 # Divisors of the rotary frequencies, [head_dim / 2]: GGUF files of Llama 3 carry them, no Hugging Face file does.
 ROPE_FREQ_FACTORS = "model.rotary_emb.freq_factors"
 
 _NAMES_SHOWN = 4
+_READING = "loading the weights"
 
 
 class TensorReader(Protocol):
-    """One checkpoint on disk, by Hugging Face names. Reading is lazy: only what is asked for is touched."""
+    """One checkpoint on disk, by Hugging Face names. Reading is lazy: only what is asked for is touched, and nothing
+    of it stays in memory."""
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str, out: Tensor) -> None:
-        """Fill `out`, of the tensor's shape and any dtype, converting on the way.
+        """Fill `out`, contiguous, of the tensor's shape and any dtype, converting on the way.
 
         Raises:
             SetupError: the bytes can't be read.
@@ -31,14 +35,20 @@ class TensorReader(Protocol):
 
 
 class Weights:
-    """Hands a model its tensors, and keeps account: at the end nothing may be missing, left over or mis-shaped."""
+    """Hands a model its tensors, and keeps account: at the end nothing may be missing, left over or mis-shaped.
+    `progress` hears of each tensor, in bytes of the model's dtype."""
 
-    def __init__(self, reader: TensorReader, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, reader: TensorReader, dtype: torch.dtype, device: torch.device, progress: Progress = silent
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self._reader = reader
         self._taken: set[str] = set()
         self._missing: list[str] = []
+        self._progress = progress
+        self._bytes_done = 0
+        self._bytes_in_all = model_bytes(reader, dtype)
 
     def __contains__(self, name: str) -> bool:
         return name in self._reader.shapes
@@ -88,6 +98,7 @@ class Weights:
                 f"{self._reader.where} has tensors that this architecture has no place for: {_some(extra)}",
                 hint="the model is a variant that is not supported",
             )
+        self._progress(_READING, self._bytes_in_all, self._bytes_in_all)
 
     def _fill(self, name: str, out: Tensor) -> None:
         self._taken.add(name)
@@ -101,6 +112,13 @@ class Weights:
             )
         else:
             self._reader.read(name, out)
+            self._bytes_done += math.prod(found) * self.dtype.itemsize
+            self._progress(_READING, self._bytes_done, self._bytes_in_all)
+
+
+def model_bytes(reader: TensorReader, dtype: torch.dtype) -> int:
+    """Bytes that all tensors take in `dtype`, known from their shapes alone."""
+    return sum(math.prod(shape) for shape in reader.shapes.values()) * dtype.itemsize
 
 
 def _some(names: Sequence[str]) -> str:

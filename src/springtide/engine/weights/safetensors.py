@@ -1,24 +1,61 @@
-"""A folder of safetensors with its config.json, in one file or in shards; memory-mapped."""
+"""A folder of safetensors with its config.json, in one file or in shards; memory-mapped.
+
+A file is 8 bytes with the length of a JSON head, the head, which says for each tensor its type, shape and place, and
+then the tensors (https://github.com/huggingface/safetensors). We read it ourselves, since the package's own reader
+keeps all that it has read in memory, beside the model that was made of it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from springtide.core.errors import SetupError
-from springtide.engine.models.config import ModelConfig, RopeScaling
+from springtide.engine.weights import mxfp4
+from springtide.engine.weights.mapping import MappedFile
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_BLOCKS, _SCALES = "_blocks", "_scales"  # what MXFP4 makes of one tensor
+_OTHER_SENSES = ("vision_config", "audio_config")
+_VALUES_AT_ONCE = 1 << 20  # read between two times that memory is given back
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a shard; `offset` is in bytes from the file's start."""
+
+    file: MappedFile
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
 
 
 class SafetensorsFolder:
-    """Tensors of one folder.
+    """Tensors of one folder. What is stored as MXFP4 is one tensor [experts, in, out], as in files that are not.
 
     Raises:
         SetupError: no weights there, a shard is missing or broken, the index is not what it should be.
@@ -26,30 +63,78 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
-        self._files: dict[str, Any] = {}
-        self.shapes: Mapping[str, tuple[int, ...]] = self._open(folder)
+        self._entries = {name: entry for path in _shards(folder) for name, entry in _read_shard(path)}
+        self.shapes: Mapping[str, tuple[int, ...]] = dict(self._named_shapes())
 
     def read(self, name: str, out: Tensor) -> None:
         try:
-            out.copy_(self._files[name].get_tensor(name))
-        except (SafetensorError, OSError, RuntimeError) as error:
+            if name in self._entries:
+                _read_plain(self._entries[name], out)
+            else:
+                _read_mxfp4(self._entries[name + _BLOCKS], self._entries[name + _SCALES], out)
+        except (KeyError, OSError, RuntimeError) as error:
             raise SetupError(f"tensor {name} in {self.where} can't be read: {error}") from None
 
-    def _open(self, folder: Path) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in _shards(folder):
-            try:
-                file: Any = safe_open(path, framework="pt", device="cpu")
-                for name in file.keys():  # noqa: SIM118 -- not a dict
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self._files[name] = file
-            except FileNotFoundError:
-                raise SetupError(f"{path} is missing", hint="fetch the model again") from None
-            except (SafetensorError, OSError) as error:
-                raise SetupError(
-                    f"{path} is not a whole safetensors file: {error}", hint="fetch the model again"
-                ) from None
-        return shapes
+    def _named_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, entry in self._entries.items():
+            if not self._is_mxfp4(name.removesuffix(_BLOCKS).removesuffix(_SCALES)):
+                yield name, entry.shape
+            elif name.endswith(_BLOCKS):
+                experts, outputs, groups, _ = entry.shape
+                yield name.removesuffix(_BLOCKS), (experts, groups * mxfp4.BLOCK, outputs)
+
+    def _is_mxfp4(self, name: str) -> bool:
+        """Whether the tensor of this name is there as blocks and scales that belong together."""
+        blocks, scales = self._entries.get(name + _BLOCKS), self._entries.get(name + _SCALES)
+        return (
+            blocks is not None
+            and scales is not None
+            and blocks.dtype == scales.dtype == "U8"
+            and len(scales.shape) == 3
+            and blocks.shape == (*scales.shape, mxfp4.BLOCK // 2)
+        )
+
+
+def read_config(folder: Path, supported: Sequence[str] = ()) -> dict[str, Any]:
+    """What `config.json` says, for a family to interpret. `supported` are the architectures to name in a refusal.
+
+    Raises:
+        SetupError: no or a broken config.json; or the folder holds what no family can run: an adapter, a model of
+            images or sound, weights that are quantised in a way that we can't read.
+    """
+    path = folder / "config.json"
+    hint = f"supported: {', '.join(supported)}" if supported else None
+    if (folder / _ADAPTER).exists() and not _has_weights(folder):
+        raise SetupError(f"{folder} holds a LoRA adapter, not a model: adapters are not supported", hint=hint)
+    raw = _json(path)
+    _refuse_other_senses(raw, hint)
+    quantization = raw.get("quantization_config")
+    if quantization and not isinstance(quantization, dict):
+        raise SetupError(f"{path} is not a model configuration: its quantization_config is {quantization!r}")
+    method = quantization.get("quant_method", "unknown") if quantization else None
+    if method not in (None, "mxfp4"):
+        raise SetupError(
+            f"weights quantised with {method!r} are not supported", hint="use bf16 or MXFP4 safetensors, or GGUF"
+        )
+    return raw
+
+
+def _refuse_other_senses(raw: Mapping[str, Any], hint: str | None) -> None:
+    architectures = raw.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+    if name.endswith("ForConditionalGeneration") or any(raw.get(key) for key in _OTHER_SENSES):
+        raise SetupError(
+            f"the architecture {name} is not supported: it takes more than the text before it (images, sound, or a "
+            "text of its own to translate)",
+            hint=hint,
+        )
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / _SINGLE).exists() or (folder / _INDEX).exists()
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -69,75 +154,37 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig that `config.json` describes.
-
-    Raises:
-        SetupError: no or a broken config.json, or a feature that we would get wrong.
-    """
-    path = folder / "config.json"
-    raw = _json(path)
+def _read_shard(path: Path) -> list[tuple[str, _Entry]]:
     try:
-        return _config(raw)
+        file = MappedFile(path)
+        (head_bytes,) = struct.unpack("<Q", file.bytes(0, 8).tobytes())
+        head = json.loads(file.bytes(8, head_bytes).tobytes())
+        return [
+            (name, _entry(file, name, line, 8 + head_bytes)) for name, line in head.items() if name != "__metadata__"
+        ]
+    except FileNotFoundError:
+        raise SetupError(f"{path} is missing", hint="fetch the model again") from None
     except KeyError as error:
-        raise SetupError(f"{path} is not a model configuration: it lacks {error.args[0]}") from None
-    except (AttributeError, IndexError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise SetupError(f"{path} is not a model configuration: {error}") from None
+        raise SetupError(
+            f"{path} is not a whole safetensors file: a tensor has no {error.args[0]}", hint="fetch the model again"
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise SetupError(f"{path} is not a whole safetensors file: {error}", hint="fetch the model again") from None
 
 
-def _config(raw: dict[str, Any]) -> ModelConfig:
-    _refuse_what_would_be_wrong(raw)
-    num_heads = int(raw["num_attention_heads"])
-    # transformers 5 keeps everything rotary in one dictionary, older files in two places
-    rope = {"rope_theta": raw.get("rope_theta") or 10_000.0} | (
-        raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    )
-    return ModelConfig(
-        architecture=str(raw["architectures"][0]),
-        num_layers=int(raw["num_hidden_layers"]),
-        hidden_size=int(raw["hidden_size"]),
-        intermediate_size=int(raw["intermediate_size"]),
-        num_heads=num_heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // num_heads),
-        vocab_size=int(raw["vocab_size"]),
-        context_length=int(raw["max_position_embeddings"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=_rope_scaling(rope),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        attention_output_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-    )
-
-
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise SetupError(f"rope scaling {kind!r} is not supported", hint="supported: linear, llama3")
-
-
-def _refuse_what_would_be_wrong(raw: dict[str, Any]) -> None:
-    """Features that change the arithmetic, and that we do not have: better refused than silently wrong."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise SetupError(f"weights quantised with {method!r} are not supported", hint="use bf16 safetensors or GGUF")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise SetupError(f"activation {raw['hidden_act']!r} is not supported", hint="supported: silu")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise SetupError("partial rotary embeddings are not supported")
+def _entry(file: MappedFile, name: str, line: Mapping[str, Any], base: int) -> _Entry:
+    """
+    Raises:
+        KeyError, TypeError, ValueError: a line of the head that can't be.
+    """
+    dtype, shape = str(line["dtype"]), tuple(map(int, line["shape"]))
+    start, end = map(int, line["data_offsets"])
+    if not 0 <= start <= end <= len(file) - base:
+        raise ValueError(f"tensor {name} ends at byte {base + end}, the file at {len(file)}")
+    values = math.prod(shape)
+    if min(shape, default=1) < 0 or (dtype in _DTYPES and values * _DTYPES[dtype].itemsize != end - start):
+        raise ValueError(f"tensor {name} of {list(shape)} {dtype} does not take {end - start} bytes")
+    return _Entry(file, dtype, shape, base + start, end - start)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -150,3 +197,43 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SetupError(f"{path} is not a JSON object")
     return value
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+
+def _read_plain(entry: _Entry, out: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: values of a type that we do not know.
+    """
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise RuntimeError(f"its type is {entry.dtype}")
+    flat = out.view(-1)
+    for start in range(0, len(flat), _VALUES_AT_ONCE):
+        count = min(_VALUES_AT_ONCE, len(flat) - start)
+        offset = entry.offset + start * dtype.itemsize
+        flat[start : start + count].copy_(entry.file.tensor(offset, (count,), dtype))
+        entry.file.release(offset, count * dtype.itemsize)
+
+
+def _read_mxfp4(blocks: _Entry, scales: _Entry, out: Tensor) -> None:
+    """Blocks [experts, out, groups, 16] and scales [experts, out, groups] -> `out` [experts, 32 * groups, out]"""
+    experts, outputs, groups = scales.shape
+    rows_at_once = max(1, _VALUES_AT_ONCE // (groups * mxfp4.BLOCK))
+    for expert in range(experts):
+        for start in range(0, outputs, rows_at_once):
+            count = min(rows_at_once, outputs - start)
+            first = (expert * outputs + start) * groups  # of the blocks that are read now
+            values = mxfp4.dequantise(
+                _part(blocks, first, count * groups, mxfp4.BLOCK // 2).reshape(count, groups, -1),
+                _part(scales, first, count * groups, 1).reshape(count, groups),
+            )
+            out[expert, :, start : start + count].copy_(torch.from_numpy(values).t())
+            blocks.file.release(blocks.offset + first * mxfp4.BLOCK // 2, count * groups * mxfp4.BLOCK // 2)
+
+
+def _part(entry: _Entry, first: int, count: int, size: int) -> Any:
+    """Bytes of `count` blocks of `size` bytes, from the block `first` on."""
+    return entry.file.bytes(entry.offset + first * size, count * size)
