@@ -32,7 +32,7 @@ check: install-dev  ## lint, types, import contract, unit tests (under 3 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not servers and not e2e and not model"
+	$(BIN)/python -m pytest -q -n 2 -m "not servers and not e2e and not model"
 
 test: check  ## everything: check, then the tests with real servers, real weights and whole platforms
 	$(BIN)/python -m pytest -q -n 2 -m "servers and not e2e and not model"

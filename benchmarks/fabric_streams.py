@@ -86,7 +86,7 @@ async def _replica(credentials: Credentials, streams: int, steps: int) -> None:
         fabric,
         "bench",
         "replica",
-        on_open=lambda key, request: opened.put_nowait(key),
+        on_open=lambda key, request, gateway, turn: opened.put_nowait(key),
         on_cancel=lambda key: None,
         max_bytes=2**30,
     )

@@ -81,3 +81,31 @@ def test_an_unknown_privacy_class_is_refused_with_the_known_ones(admin: StubAdmi
 
 def test_the_privacy_classes_are_those_of_the_platform() -> None:
     assert tuple(member.value for member in Privacy) == get_args(PrivacyClass)
+
+
+def test_what_happened_to_a_request_is_told_in_order(admin: StubAdmin, tmp_path: Path) -> None:
+    here = {"gateway": "g1", "node": "n1", "replica": "r1", "attempt": 1, "why": ""}
+    attempt = {"number": 1, "node": "n1", "replica": "r1", "started": 10.0, "ended": 12.5, "outcome": "finished"}
+    tokens = {"prompt_tokens": 7, "completion_tokens": 5, "cached_tokens": 0}
+    admin.answer = {
+        "request_id": "chatcmpl-1",
+        "events": [
+            {**here, "at": 10.0, "what": "admitted", "attempt": 0, "node": "", "replica": ""},
+            {**here, "at": 10.25, "what": "routed", "why": "least loaded of 2"},
+        ],
+        "left_out": 3,
+        "silent_gateways": ["g2"],
+        "usage": {
+            "request_id": "chatcmpl-1",
+            "model": "m",
+            "outcome": "finished",
+            "attempts": [{**attempt, **tokens}],
+            **tokens,
+        },
+    }
+    answer = run(tmp_path, "explain", "chatcmpl-1")
+    assert answer.exit_code == 0, answer.output
+    assert admin.calls == [("GET", "/requests/chatcmpl-1/explain", None)]
+    for words in ("admitted", "0.250", "r1 on n1", "least loaded of 2", "3 events", "gateway g2 did not say", "2.50"):
+        assert words in answer.output
+    assert json.loads(run(tmp_path, "explain", "chatcmpl-1", "--json").output) == admin.answer

@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -592,15 +593,26 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@pytest.fixture
-def hub() -> Iterator[str]:
+class _BusyHub(_Hub):
+    def do_GET(self) -> None:
+        self._send("later", status=429)
+
+
+@contextmanager
+def served(handler: type[_Hub]) -> Iterator[str]:
     """The address of a hub."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    with served(_Hub) as address:
+        yield address
 
 
 def test_a_repository_is_fetched_without_what_lies_in_it_twice(tmp_path, hub):
@@ -616,6 +628,15 @@ def test_a_repository_that_there_is_not_is_never_looked_for_in_the_cache(tmp_pat
     told = run_hub_pull(tmp_path, "hf:org/other", HF_ENDPOINT=hub)
     assert "hf:org/other could not be fetched: 404" in told
     assert "from the hub's cache" not in told
+
+
+def test_a_hub_that_has_no_time_for_us_is_as_good_as_away(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    make_snapshot(tmp_path, WEIGHTS)
+    with served(_BusyHub) as busy:
+        told = run_hub_pull(tmp_path, HF_ENDPOINT=busy)
+    assert "told: taking org/name from the hub's cache on this machine: 429" in told
+    assert len(ModelStore(tmp_path / "store").list()) == 1
 
 
 # -- the catalogue -------------------------------------------------------------------------------------------

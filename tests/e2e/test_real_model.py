@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,39 @@ async def test_the_async_client_gets_the_same_text(real: Platform, openai: OpenA
             if chunk.choices
         ]
     assert "".join(pieces) == whole
+
+
+def test_what_is_cached_of_a_chat_is_told_and_billed_and_stays_within_the_tenant(real: Platform) -> None:
+    ours, other = (real.run("keys", "create", "--tenant", name).strip() for name in ("ours", "other"))
+    chat: list[Any] = [{"role": "user", "content": "Tell me something about the tides. Two sentences are enough."}]
+
+    def ask(key: str, **options: Any) -> Any:
+        with OpenAI(base_url=real.url + "/v1", api_key=key, timeout=120, max_retries=0) as client:
+            return client.chat.completions.create(
+                model=MODEL, messages=chat, temperature=0, max_completion_tokens=40, extra_body=options
+            )
+
+    def cached(answer: Any) -> int:
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    first = ask(ours)
+    again, foreign = ask(ours), ask(other)
+    assert cached(first) == 0 and cached(again) >= first.usage.prompt_tokens - 16 and cached(foreign) == 0
+    assert first.choices[0].message == again.choices[0].message == foreign.choices[0].message
+    chat += [first.choices[0].message, {"role": "user", "content": "And of the moon?"}]
+    turn = ask(ours)
+    assert cached(turn) > first.usage.prompt_tokens  # some of the answer, too
+    assert cached(ask(ours, cache_scope="none")) == 0
+    mine, theirs = (cached(ask(key, cache_scope="shared")) for key in (ours, other))
+    assert mine == 0 and theirs >= turn.usage.prompt_tokens - 16
+
+    def record() -> Any:
+        rows = json.loads(real.run("usage", "--json", "--by", "request"))["rows"]
+        return next((row for row in rows if row["request_id"] == turn.id), None)
+
+    usage = wait_until(record, "the usage record", 10)
+    assert usage["cached_tokens"] == cached(turn)
+    assert [attempt["cached_tokens"] for attempt in usage["attempts"]] == [cached(turn)]
 
 
 def test_langchain(real: Platform) -> None:

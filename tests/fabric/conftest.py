@@ -13,6 +13,7 @@ from springtide.core.request import Request, SamplingParams
 from springtide.fabric.authority import Authority
 from springtide.fabric.connection import Fabric
 from springtide.fabric.server import NatsServer
+from tests.fabric.stage import Stage
 
 
 class World:
@@ -54,6 +55,15 @@ def nats(tmp_path: Path) -> Iterator[World]:
 async def world(nats: World) -> AsyncIterator[World]:
     async with nats.stack:
         yield nats
+
+
+@pytest.fixture
+async def stage(world: World) -> AsyncIterator[Stage]:
+    stage = Stage(world, await world.platform("gateway", prepare=False), await world.node("A"))
+    await stage.hub.start()
+    await stage.gateway.flush()
+    yield stage
+    await stage.hub.close()
 
 
 async def until(condition: Callable[[], object], patience: float = 20.0) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from springtide.core.errors import SetupError
 from springtide.fabric.connection import Fabric
+from springtide.fabric.credentials import urls_of
+from tests.fabric.cable import Cable
 from tests.fabric.conftest import World, until
 
 
@@ -104,3 +106,29 @@ async def test_an_impatient_flush_does_not_deafen_the_connection(world: World) -
     for _ in range(3):
         assert await fabric.flush()
     assert fabric.connected
+
+
+@pytest.mark.parametrize("scheme", ["nats", "tls"])
+async def test_a_server_that_is_gone_without_a_word_is_left(world: World, scheme: str) -> None:
+    """Neither what was written to it nor TLS's farewell holds the new connection up."""
+    cable = await Cable(world.server.port).start()
+    credentials = world.authority.platform_credentials("x", [f"{scheme}://127.0.0.1:{cable.port}"])
+    fabric = await Fabric.connect(credentials, name="x")
+    cable.freeze()
+    for _ in range(200):
+        await fabric.publish("st.test", b"x" * 100_000)  # more than the sockets take
+    await until(lambda: fabric.counters["reconnects"])
+    assert await fabric.flush()
+    cable.freeze()
+    for _ in range(200):
+        await fabric.publish("st.test", b"x" * 100_000)
+    await fabric.close()
+    await cable.stop()
+
+
+async def test_of_several_servers_any_will_do(world: World) -> None:
+    urls = urls_of(f"nats://127.0.0.1:1, {world.server.url},nats://127.0.0.1:2")
+    credentials = world.authority.platform_credentials("x", urls)
+    fabric = await Fabric.connect(credentials, name="x")
+    assert fabric.connected
+    await fabric.close()

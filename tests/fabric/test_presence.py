@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 
 import msgspec
 import pytest
@@ -193,6 +194,23 @@ async def test_nobody_grows_old_while_our_own_connection_is_down(world: World) -
     await asyncio.sleep(0.1)
     assert view.nodes()
     await heart.stop(goodbye=False)
+    await view.stop()
+
+
+async def test_a_reader_that_slept_sees_nobody_leave(world: World) -> None:
+    platform = await world.platform()
+    view = PresenceView(platform)
+    await view.start()
+    heart = Heart(platform, lambda: Gateway(id="g", url="http://x"), every=0.2)
+    await heart.start()
+    await until(view.gateways)
+    told: list[int] = []
+    view.on_change(lambda: told.append(len(view.gateways())))
+    time.sleep(3.2)  # noqa: ASYNC251
+    assert view.gateways()
+    await asyncio.sleep(0.5)
+    assert view.gateways() and not told
+    await heart.stop()
     await view.stop()
 
 

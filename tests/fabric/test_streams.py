@@ -3,93 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
 
 from springtide.core.errors import Overloaded, RequestError
-from springtide.core.request import Delta, End, Request, TokenCounts
-from springtide.fabric import stream_hub, stream_server, subjects
-from springtide.fabric.connection import Fabric
-from springtide.fabric.streams import ClientStream, Frame, StreamHub, StreamKey, StreamLost, StreamServer
-from tests.fabric.conftest import World, make_request, until
-
-DONE = End("finished", TokenCounts(prompt=1, completion=1))
-
-
-def token(number: int) -> Delta:
-    return Delta(0, "text", b"x", [number], number)
-
-
-class Replica:
-    """A stream server whose requests do what the test says."""
-
-    def __init__(self, fabric: Fabric, node: str = "A", name: str = "r", **options: float) -> None:
-        self.opened: list[StreamKey] = []
-        self.requests: dict[StreamKey, Request] = {}
-        self.cancelled: list[StreamKey] = []
-        self.on_open: Callable[[StreamKey, Request], None] = lambda key, request: self.server.emit(key, [])
-        self.server = StreamServer(
-            fabric,
-            node,
-            name,
-            on_open=self._on_open,
-            on_cancel=self.cancelled.append,
-            **options,  # type: ignore[arg-type]
-        )
-
-    def _on_open(self, key: StreamKey, request: Request) -> None:
-        self.opened.append(key)
-        self.requests[key] = request
-        self.on_open(key, request)
-
-    async def tell(self, key: StreamKey, numbers: range, end: End | None = None, pause: float = 0.0) -> None:
-        """One frame for each number, each flushed by itself as an engine step would."""
-        for number in numbers:
-            self.server.emit(key, [token(number)])
-            await self.server.flush()
-            await asyncio.sleep(pause)
-        if end is not None:
-            self.server.emit(key, [], end)
-            await self.server.flush()
-
-
-class Stage:
-    def __init__(self, world: World, gateway: Fabric, node: Fabric) -> None:
-        self.world = world
-        self.gateway = gateway
-        self.node = node
-        self.hub = StreamHub(gateway, "g")
-
-    async def replica(self, name: str = "r", **options: float) -> Replica:
-        replica = Replica(self.node, "A", name, **options)
-        await replica.server.start()
-        self.world.stack.push_async_callback(replica.server.close)
-        await self.node.flush()
-        return replica
-
-
-@pytest.fixture
-async def stage(world: World) -> AsyncIterator[Stage]:
-    stage = Stage(world, await world.platform("gateway", prepare=False), await world.node("A"))
-    await stage.hub.start()
-    await stage.gateway.flush()
-    yield stage
-    await stage.hub.close()
-
-
-async def read(stream: ClientStream) -> list[Frame]:
-    """All frames up to the end; their numbers must run without gap or repetition."""
-    frames: list[Frame] = []
-    while not frames or frames[-1].end is None:
-        frames += await stream.frames()
-    assert [frame.number for frame in frames] == list(range(len(frames)))
-    return frames
-
-
-def tokens(frames: list[Frame]) -> list[int]:
-    return [id for frame in frames for delta in frame.deltas for id in delta.token_ids]
+from springtide.core.request import Delta, Request
+from springtide.fabric import patience, stream_client, stream_hub, stream_peer, stream_server, subjects
+from springtide.fabric.stream_keep import Kept
+from springtide.fabric.streams import ClientStream, Frame, StreamHub, StreamKey, StreamLost
+from tests.fabric.conftest import make_request, until
+from tests.fabric.stage import DONE, Replica, Stage, read, token, tokens
 
 
 async def test_a_request_goes_there_and_its_frames_come_back(stage: Stage) -> None:
@@ -161,7 +85,7 @@ async def test_cancel_reaches_the_replica_and_frees_everything(stage: Stage) -> 
     await replica.server.flush()
     await until(lambda: not stage.hub._peers)  # confirmed, so it is not repeated
     assert replica.server.counters["after_end"] == 1
-    assert not replica.server._streams and replica.server._bytes == 0
+    assert not replica.server._kept.streams and replica.server._kept.bytes == 0
 
 
 async def test_a_reader_that_waits_is_woken_by_cancel_and_by_loss(stage: Stage) -> None:
@@ -254,20 +178,19 @@ async def test_a_lost_frame_is_replayed_and_a_repeated_one_dropped(stage: Stage)
 async def test_silence_is_asked_about_and_a_busy_replica_answers_that_it_lives(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_hub, "SILENCE_S", 0.1)
-    monkeypatch.setattr(stream_hub, "PROBE_S", 0.1)
+    monkeypatch.setattr(patience, "SILENCE_S", 0.1)
     replica = await stage.replica()
     stream = await stage.hub.open(make_request(), 1, "A", "r")
     await stream.frames()
     await until(lambda: stage.hub.counters["probes"] >= 4)  # alive all the time, or it were lost after two
+    await until(lambda: stage.hub.counters["replays_asked"])
     replica.server.emit(stream.key, [token(0)], DONE)
     replica.server._outbox.clear()  # the last frame is lost: no later one can show the gap
     assert (await stream.frames())[0].end == DONE
 
 
 async def test_a_replica_that_answers_nothing_is_given_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_hub, "SILENCE_S", 0.1)
-    monkeypatch.setattr(stream_hub, "PROBE_S", 0.1)
+    monkeypatch.setattr(patience, "SILENCE_S", 0.1)
     replica = await stage.replica()
     stream = await stage.hub.open(make_request(), 1, "A", "r")
     await stream.frames()
@@ -280,7 +203,7 @@ async def test_a_replica_that_answers_nothing_is_given_up(stage: Stage, monkeypa
 async def test_a_replica_that_was_restarted_does_not_know_the_request(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_hub, "SILENCE_S", 0.1)
+    monkeypatch.setattr(stream_client, "SILENCE_S", 0.1)
     first = await stage.replica()
     stream = await stage.hub.open(make_request(), 1, "A", "r")
     await stream.frames()
@@ -338,8 +261,8 @@ async def test_a_superseded_attempt_can_not_speak_and_is_told_to_stop(stage: Sta
     first.lose("presence says it is gone")
     second = await stage.hub.open(make_request(), 2, "A", "new")
     await second.frames()
-    old.server._streams.clear()
-    old.server._streams[first.key] = stream_server._Kept(first.key, "g")  # it slept through the cancel
+    old.server._kept.streams.clear()
+    old.server._kept.streams[first.key] = Kept(first.key, "g")  # it slept through the cancel
     await old.tell(first.key, range(100, 105))
     await new.tell(second.key, range(5), DONE)
     frames = await second.frames()
@@ -347,7 +270,7 @@ async def test_a_superseded_attempt_can_not_speak_and_is_told_to_stop(stage: Sta
         frames += await second.frames()
     assert tokens(frames) == list(range(5))
     assert stage.hub.counters["stale"] == 5
-    await until(lambda: not old.server._streams)
+    await until(lambda: not old.server._kept.streams)
 
 
 async def test_another_node_or_replica_can_not_speak_into_a_stream(stage: Stage) -> None:
@@ -358,7 +281,7 @@ async def test_another_node_or_replica_can_not_speak_into_a_stream(stage: Stage)
     node_b = await stage.world.node("B")
     for node, name in (("B", "r"), ("A", "other")):
         liar = Replica(node_b if node == "B" else stage.node, node, name)
-        kept = liar.server._streams[stream.key] = stream_server._Kept(stream.key, "g")
+        kept = liar.server._kept.streams[stream.key] = Kept(stream.key, "g")
         kept.first = 1  # numbers that would fit
         await liar.tell(stream.key, range(66, 67), DONE)
     await until(lambda: stage.hub.counters["stale"] == 4)
@@ -387,7 +310,7 @@ async def test_a_new_attempt_at_the_same_replica_ends_the_old_one(stage: Stage) 
 async def test_the_streams_of_a_dead_gateway_are_cancelled(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_server, "GATEWAY_PATIENCE_S", 0.3)
     monkeypatch.setattr(stream_server, "_TICK_S", 0.05)
-    monkeypatch.setattr(stream_hub, "LIFE_SIGN_S", 0.1)
+    monkeypatch.setattr(stream_peer, "LIFE_SIGN_S", 0.1)
     replica = await stage.replica()
     doomed = StreamHub(await stage.world.platform("doomed", prepare=False), "doomed")
     await doomed.start()
@@ -426,10 +349,10 @@ async def test_what_was_received_is_freed_first_when_memory_is_short(stage: Stag
             replica.server.emit(stream.key, [Delta(0, "text", b"x" * 150, [number], 0)])
         await replica.server.flush()
         expected = start + 51
-        await until(lambda: replica.server._streams[stream.key].acked == expected)  # noqa: B023
+        await until(lambda: replica.server._kept.streams[stream.key].acked == expected)  # noqa: B023
     await replica.tell(stream.key, range(0), DONE)
     assert tokens(await reader) == list(range(400))
-    assert replica.server._bytes <= 20_000
+    assert replica.server._kept.bytes <= 20_000
     assert replica.server.counters["evicted"] == 0
 
 
@@ -439,12 +362,12 @@ async def test_the_frames_of_an_answer_that_was_received_whole_are_freed_at_once
     await until(lambda: replica.opened)
     await replica.tell(stream.key, range(3))
     frames = await stream.frames()
-    assert replica.server._bytes > 0
+    assert replica.server._kept.bytes > 0
     await replica.tell(stream.key, range(0), DONE)
     while frames[-1].end is None:
         frames += await stream.frames()
-    await until(lambda: replica.server._bytes == 0)
-    assert stream.key in replica.server._streams  # a late copy of its opening must not start it again
+    await until(lambda: replica.server._kept.bytes == 0)
+    assert stream.key in replica.server._kept.streams  # a late copy of its opening must not start it again
     assert replica.server.counters["evicted"] == 0
 
 
@@ -455,7 +378,7 @@ async def test_a_stream_nobody_acknowledges_is_dropped_before_memory_runs_out(st
     assert stage.hub._task is not None
     for number in range(200):  # within one turn of the loop: no acknowledgement can come
         replica.server.emit(stream.key, [Delta(0, "text", b"x" * 150, [number], 0)])
-    assert replica.server._bytes <= 10_000
+    assert replica.server._kept.bytes <= 10_000
     assert replica.server.counters["evicted"] == 1
     assert replica.cancelled == [stream.key]
     await replica.server.flush()
@@ -471,9 +394,9 @@ async def test_an_ended_stream_is_kept_for_a_while_and_then_forgotten(
     await until(lambda: replica.opened)
     await replica.tell(stream.key, range(3), DONE)
     await read(stream)
-    assert stream.key in replica.server._streams
-    await until(lambda: not replica.server._streams)
-    assert replica.server._bytes == 0 and not replica.server._latest and not replica.server._ended
+    assert stream.key in replica.server._kept.streams
+    await until(lambda: not replica.server._kept.streams)
+    assert replica.server._kept.bytes == 0 and not replica.server._kept._latest and not replica.server._kept._ended
 
 
 async def test_a_step_larger_than_a_message_is_split(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,9 +419,9 @@ async def test_another_frame_version_ends_in_a_clear_loss(stage: Stage) -> None:
     await stage.replica()
     stream = await stage.hub.open(make_request(), 1, "A", "r")
     await stream.frames()
-    future = msgspec.msgpack.encode([2, "r", {"shape": "of tomorrow"}])
+    future = msgspec.msgpack.encode([3, "r", {"shape": "of tomorrow"}])
     await stage.node.publish(subjects.frames_subject("g", "A"), future)
-    with pytest.raises(StreamLost, match="speaks frame version 2, this gateway 1"):
+    with pytest.raises(StreamLost, match="speaks frame version 3, this gateway 2"):
         await stream.frames()
     assert stage.hub.counters["wrong_version"] == 1
 
@@ -512,10 +435,10 @@ async def test_a_gateway_of_another_version_is_told(stage: Stage) -> None:
 
     await stage.gateway.subscribe(subjects.frames_subject("tomorrow", "A"), listen)
     await stage.gateway.publish(
-        subjects.open_subject("A", "r"), msgspec.msgpack.encode([2, "tomorrow", "something", "else"])
+        subjects.open_subject("A", "r"), msgspec.msgpack.encode([3, "tomorrow", "something", "else"])
     )
     await until(lambda: heard)
-    assert msgspec.msgpack.decode(heard[0])[:2] == [1, "r"]
+    assert msgspec.msgpack.decode(heard[0])[:2] == [2, "r"]
     assert replica.server.counters["wrong_version"] == 1
 
 
@@ -535,9 +458,9 @@ async def test_an_unreadable_request_is_refused(stage: Stage) -> None:
     await stage.replica()
     stream = await stage.hub.open(make_request("never"), 1, "A", "elsewhere")
     part = msgspec.msgpack.encode([1, "g", "broken", 1, 0, 1, b"not a request"])
-    broken = ClientStream(stage.hub, StreamKey("broken", 1), "A", "r", [part], 0.0)
-    stage.hub._streams[broken.key] = broken
-    stage.hub._peer("A", "r").streams[broken.key] = broken
+    now = stage.hub._now()
+    broken = ClientStream(stage.hub, StreamKey("broken", 1), "A", "r", now, parts=[part])
+    stage.hub._add(broken, stage.hub._peer("A", "r"), now)
     await stage.gateway.publish(subjects.open_subject("A", "r"), part)
     [frame] = await broken.frames()
     assert frame.end is not None and frame.end.error is not None and frame.end.error.status == 400

@@ -134,11 +134,25 @@ def test_each_step_takes_its_time_once():
     slept: list[float] = []
     config = MockConfig(step_base_ms=10, step_per_seq_ms=1, prefill_tok_s=1000)
     engine = MockEngine(config=config, sleep=slept.append)
-    engine.add(sequence("long", max_tokens=4))
-    engine.add(sequence("short", max_tokens=2))
+    engine.add(sequence("long", prompt=[1, *PROMPT], max_tokens=4))
+    engine.add(sequence("short", prompt=[2, *PROMPT], max_tokens=2))
     run(engine)
-    prefill = 2 * len(PROMPT) / 1000
+    prefill = 2 * (1 + len(PROMPT)) / 1000
     assert slept == pytest.approx([0.012 + prefill, 0.012, 0.011, 0.011])
+
+
+def test_the_next_turn_finds_what_the_last_one_left_in_its_time_too():
+    slept: list[float] = []
+    engine = MockEngine(config=MockConfig(prefill_tok_s=1000), sleep=slept.append)
+    engine.add(sequence())
+    answer = tokens(run(engine)["s"])
+    slept.clear()
+    turn = [*PROMPT, *answer, *b" And a neap tide?"]
+    engine.add(sequence(prompt=turn))
+    outputs = run(engine)["s"]
+    assert [output.cached_tokens for output in outputs] == [16] + [0] * 9  # of 22 + 10: the last of those never ran
+    assert slept == pytest.approx([(len(turn) - 16) / 1000])
+    verify_chain(tokens(outputs), turn, seed=7)
 
 
 def test_without_a_law_no_step_sleeps():

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import tokenizers
 from tokenizers import decoders
@@ -18,17 +19,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from springtide.core.cluster import Replica
 from springtide.core.engine_api import SequenceOutput
+from springtide.core.errors import ReplicaLost
 from springtide.core.ids import new_id
 from springtide.core.request import ChoiceOutput, Delta, End, Message, Request, SamplingParams
 from springtide.core.store import ModelFiles
 from springtide.core.wire import unescape_json
 from springtide.fabric.connection import Fabric
 from springtide.fabric.presence import PresenceView
-from springtide.fabric.streams import ClientStream, StreamHub
+from springtide.fabric.streams import Backlog, ClientStream, StreamHub, Turn
 from springtide.fleet.announcer import Announcer
 from springtide.fleet.mock_engine import MockConfig, MockEngine, chain, verify_chain
 from springtide.fleet.mock_text import END_ID, MockTokenizer, read_words, word
-from springtide.fleet.replica_host import ReplicaHost
+from springtide.fleet.replica_host import STEP_TIMEOUT, ReplicaHost
+from springtide.policy.routing import NO_ROOM
 from springtide.text.tokenizer import Tokenizer, TokenizerLike
 from tests.fleet.conftest import World, until
 
@@ -66,13 +69,18 @@ class Stage:
         self._closing: list[ReplicaHost] = []
 
     async def host(
-        self, engine: MockEngine | None = None, *, text: TokenizerLike = tokenizer, **config: object
+        self,
+        engine: MockEngine | None = None,
+        *,
+        text: TokenizerLike = tokenizer,
+        step_timeout: float = STEP_TIMEOUT,
+        **config: object,
     ) -> ReplicaHost:
         engine = engine or MockEngine(config=MockConfig.from_options(config))
         replica = Replica(id=REPLICA, node=NODE, model="mock", engine="mock", state="starting")
         self.announcer = Announcer(self._node_fabric, replica)
         await self.announcer.start()
-        host = ReplicaHost(self._node_fabric, self.announcer, engine, text)
+        host = ReplicaHost(self._node_fabric, self.announcer, engine, text, step_timeout=step_timeout)
         await host.start()
         await self._node_fabric.flush()  # its ear is at the server now
         self._closing.append(host)
@@ -155,7 +163,7 @@ async def test_an_answer_arrives_whole_and_in_order(stage: Stage):
 
 
 async def test_many_answers_at_once_do_not_mix(stage: Stage):
-    await stage.host(num_blocks=60, max_num_seqs=8, context_length=512)  # so few that some are preempted
+    await stage.host(num_blocks=60, max_num_seqs=24, context_length=512)  # so few that some are preempted
     questions = [f"question {number}" for number in range(24)]
     answers = await asyncio.gather(*(stage.ask(chat(question, max_tokens=40)) for question in questions))
     for question, heard in zip(questions, answers, strict=True):
@@ -179,9 +187,11 @@ async def test_a_stop_string_across_tokens_ends_the_answer_before_it(stage: Stag
     links = chain(rendered(), 7)
     expected = [next(links) for _ in range(8)]
     stop = word(expected[4])[-1] + word(expected[5])[:3]  # begins in one token and ends in the next
-    heard = await stage.ask(chat(stop=(stop,)))
+    heard = await stage.ask(chat(stop=(stop,), logprobs=1))
     assert heard.text() == tokenizer.decode(expected[:5])[:-1]
     assert heard.tokens() == expected[:6]  # the token that completed it is the last that counts
+    scored = [score.token_id for delta in heard.deltas[0] for score in delta.logprobs or []]
+    assert scored == expected[:6]
     assert heard.finish_reason() == "stop"
     assert heard.end is not None and heard.end.counts.completion == 6
 
@@ -333,17 +343,66 @@ async def test_a_choice_that_was_complete_is_not_run_again(stage: Stage):
     assert heard.tokens(1) == first.tokens(1)
 
 
-async def test_a_full_replica_sends_the_next_one_elsewhere(stage: Stage):
-    await stage.host(max_num_seqs=1, step_base_ms=20)
-    streams = [await stage.open(chat(max_tokens=500)) for _ in range(9)]
+async def test_a_full_replica_refuses_who_was_not_called_and_says_so_to_all(stage: Stage):
+    await stage.host(max_num_seqs=1, step_base_ms=5)
+    streams = [await stage.open(chat(max_tokens=500)) for _ in range(2)]  # one runs, its successor is there
     heard = await stage.ask(chat())
     assert heard.end is not None and heard.end.error is not None
-    assert (heard.end.error.status, heard.end.error.code) == (503, "no_capacity")
-    await until(lambda: stage.announcer.replica.load.waiting == 8)
+    assert (heard.end.error.status, heard.end.error.code) == (503, NO_ROOM)
+    await until(lambda: stage.announcer.replica.by_turn)
     for stream in streams:
         stream.cancel()
-    await until(lambda: stage.announcer.replica.load.running == 0)
+    await until(lambda: not stage.announcer.replica.by_turn)
     assert len((await stage.ask(chat())).tokens()) == 12
+
+
+async def test_who_waits_at_a_gateway_is_called_when_there_is_room(stage: Stage):
+    await stage.host(max_num_seqs=1, step_base_ms=5)
+    calls: asyncio.Queue[Turn] = asyncio.Queue()
+    stage.hub.on_turns(lambda node, replica, turns: [calls.put_nowait(turn) for turn in turns] and None)
+    streams = [await stage.open(chat(max_tokens=500)) for _ in range(2)]
+    await until(lambda: stage.announcer.replica.by_turn)
+    stage.hub.advertise(NODE, REPLICA, [Backlog("t", "standard", 1.0, 1, 0.0)])
+    await asyncio.sleep(0.1)
+    assert calls.empty(), "there is no room yet"
+    for stream in streams:
+        stream.cancel()
+    turn = await asyncio.wait_for(calls.get(), 30)
+    assert turn.flow == ("t", "standard")
+    heard = await listen(await stage.hub.open(chat(), 1, NODE, REPLICA, turn=turn.serial))
+    assert len(heard.tokens()) == 12
+
+
+async def test_a_turn_that_is_declined_goes_to_the_next(stage: Stage):
+    await stage.host(max_num_seqs=1)
+    calls: asyncio.Queue[Turn] = asyncio.Queue()
+    stage.hub.on_turns(lambda node, replica, turns: [calls.put_nowait(turn) for turn in turns] and None)
+    waiting = [Backlog("a", "standard", 1.0, 9, 0.0), Backlog("b", "standard", 1.0, 9, 0.0)]
+    stage.hub.advertise(NODE, REPLICA, waiting)
+    first, second = await asyncio.wait_for(calls.get(), 30), await asyncio.wait_for(calls.get(), 30)
+    assert {first.tenant, second.tenant} == {"a", "b"}
+    stage.hub.advertise(NODE, REPLICA, [backlog for backlog in waiting if backlog.tenant != first.tenant])
+    stage.hub.decline(NODE, REPLICA, [first.serial])
+    third = await asyncio.wait_for(calls.get(), 30)
+    assert third.tenant == second.tenant
+
+
+async def test_a_step_that_never_ends_ends_the_replica(stage: Stage):
+    release = threading.Event()
+    engine = MockEngine(config=MockConfig(step_base_ms=1), sleep=lambda _: release.wait(30) and None)
+    host = await stage.host(engine, step_timeout=0.5)
+    try:
+        heard = await stage.ask(chat())
+        assert heard.end is not None and heard.end.error is not None and heard.end.error.status == 503
+        await until(host.died.is_set)
+        assert "step takes longer" in host.epitaph and stage.announcer.replica.state == "failed"
+    finally:
+        release.set()
+
+
+async def test_steps_that_take_long_together_end_nothing(stage: Stage):
+    await stage.host(step_base_ms=50, step_timeout=0.5)
+    assert len((await stage.ask(chat(max_tokens=24))).tokens()) == 24
 
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new(stage: Stage):
@@ -366,6 +425,27 @@ async def test_what_outlives_the_grace_fails_with_a_reason(stage: Stage):
     heard = await running
     assert heard.end is not None and heard.end.error is not None
     assert heard.end.outcome == "failed" and "stopped" in heard.end.error.message
+    assert heard.end.error.code == ReplicaLost.code, "another replica goes on with it"
+    verify_chain(heard.tokens(), rendered(), seed=7)
+    assert heard.end.counts.completion == len(heard.tokens()) > 0
+
+
+async def test_tenants_share_what_is_cached_just_where_all_of_them_ask_for_it(stage: Stage):
+    await stage.host()
+
+    async def cached(salt: str | None, **sampling: object) -> int:
+        request = msgspec.structs.replace(chat(**sampling), cache_salt=salt)
+        heard = await stage.ask(request)
+        assert heard.end is not None
+        verify_chain(heard.tokens(), rendered(), seed=7)
+        return heard.end.counts.cached
+
+    block = (len(rendered()) - 1) // 16 * 16
+    assert block > 0
+    assert [await cached(salt) for salt in ("acme", "other", "acme", "other")] == [0, 0, block, block]
+    assert [await cached("") for _ in ("acme", "other")] == [0, block]
+    assert [await cached(None) for _ in ("acme", "acme")] == [0, 0]
+    assert await cached("acme", n=3) == block  # a prompt counts once
 
 
 class FragileEngine(MockEngine):

@@ -127,6 +127,11 @@ class Cloud:
         record: Usage = await until(look, f"usage of {request_id}")
         return record
 
+    async def ledger_usage(self) -> Usage:
+        """The only usage record that there is, once it is in the ledger."""
+        (record,) = await until(self.ledger.list_usage, "a usage")
+        return record  # type: ignore[no-any-return]
+
 
 @asynccontextmanager
 async def running_cloud(directory: Path) -> AsyncIterator[Cloud]:
@@ -163,6 +168,10 @@ class Edge:
     async def chat(self, **fields: Any) -> httpx.Response:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
         return await self.client.post("/v1/chat/completions", json=body)
+
+    async def chat_with(self, headers: dict[str, str], **fields: Any) -> httpx.Response:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
+        return await self.client.post("/v1/chat/completions", json=body, headers=headers)
 
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json={"model": MODEL, "prompt": "hi", **fields})

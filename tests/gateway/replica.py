@@ -49,7 +49,7 @@ class TinyReplica:
         await self.heart.stop(goodbye)
         await self.server.close()
 
-    def _on_open(self, key: StreamKey, request: Request) -> None:
+    def _on_open(self, key: StreamKey, request: Request, gateway: str, turn: int | None) -> None:
         self.opened.append((key, request))
         self._tasks[key] = asyncio.create_task(self.behaviour(self, key, request))
 
@@ -58,6 +58,10 @@ class TinyReplica:
         task = self._tasks.pop(key, None)
         if task is not None:
             task.cancel()
+
+    async def accept(self, key: StreamKey) -> None:
+        self.server.emit(key, [], prompt_tokens=PROMPT_TOKENS)
+        await self.server.flush()
 
     async def emit(self, key: StreamKey, deltas: list[Delta], end: End | None = None) -> None:
         self.server.emit(key, deltas, end)
@@ -86,18 +90,44 @@ def counts(request: Request, completion: int) -> TokenCounts:
     return TokenCounts(prompt=PROMPT_TOKENS, completion=completion, cached=3)
 
 
-async def speak(replica: TinyReplica, key: StreamKey, request: Request, *, pause: float = 0.0) -> None:
-    """`max_tokens` words for each choice (5 without), one a step."""
-    await replica.emit(key, [])
+def said(request: Request, choice: int) -> int:
+    """How many words of a choice were said before this attempt."""
+    return next((len(output.token_ids) for output in request.outputs if output.choice == choice), 0)
+
+
+async def speak(
+    replica: TinyReplica, key: StreamKey, request: Request, *, pause: float = 0.0, only: int | None = None
+) -> None:
+    """`max_tokens` words for each choice (5 without), one a step, from where an earlier attempt stopped; after `only`
+    steps it falls silent."""
+    await replica.accept(key)
     steps = request.sampling.max_tokens or 5
     scored = request.sampling.logprobs is not None
-    for i in range(steps):
+    made = 0
+    for i in range(min((said(request, choice) for choice in range(request.num_choices)), default=0), steps):
+        if only is not None and made >= only * request.num_choices:
+            break
         finish = "length" if i == steps - 1 else None
-        deltas = [delta(choice, i, scored=scored, finish=finish) for choice in range(request.num_choices)]
-        if finish is None:
-            await replica.emit(key, deltas)
-            await asyncio.sleep(pause)
-    await replica.emit(key, deltas, End("finished", counts(request, steps * request.num_choices)))
+        deltas = [
+            delta(choice, i, scored=scored, finish=finish)
+            for choice in range(request.num_choices)
+            if i >= said(request, choice)
+        ]
+        made += len(deltas)
+        await replica.emit(key, deltas, End("finished", counts(request, made)) if finish else None)
+        await asyncio.sleep(pause)
+        if finish:
+            return
+    await asyncio.Event().wait()
+
+
+def speak_only(words: int) -> Behaviour:
+    """Some words more, and then nothing."""
+
+    async def behave(replica: TinyReplica, key: StreamKey, request: Request) -> None:
+        await speak(replica, key, request, only=words)
+
+    return behave
 
 
 async def speak_slowly(replica: TinyReplica, key: StreamKey, request: Request) -> None:
@@ -110,8 +140,4 @@ async def accept_and_wait(replica: TinyReplica, key: StreamKey, request: Request
     await asyncio.Event().wait()
 
 
-async def say_two_and_wait(replica: TinyReplica, key: StreamKey, request: Request) -> None:
-    replica.server.emit(key, [], prompt_tokens=PROMPT_TOKENS)
-    for i in range(2):
-        await replica.emit(key, [delta(0, i)])
-    await asyncio.Event().wait()
+say_two_and_wait = speak_only(2)

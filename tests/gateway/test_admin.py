@@ -21,8 +21,10 @@ from springtide.fabric.desired import NodeIntent, Registry
 from springtide.fabric.join_token import JoinToken
 from springtide.fabric.presence import Heart, PresenceView
 from springtide.gateway.admin import MAX_BODY, AdminApi, ensure_admin_token
+from springtide.gateway.explain import Explainer
 from springtide.gateway.keys import KeyView
 from springtide.gateway.listener import Listener
+from springtide.gateway.trace import TraceBook
 from springtide.ledger.store import Ledger
 from tests.gateway.conftest import LIMITS, Cloud, until
 from tests.ledger.records import NOON, usage
@@ -60,6 +62,7 @@ async def serve(
     presence = PresenceView(fabric)
     await presence.start()
     token = ensure_admin_token(cloud.directory)
+    explainer = Explainer(fabric, "gateway-here", presence, TraceBook())
     api = AdminApi(
         ledger,
         presence,
@@ -69,6 +72,7 @@ async def serve(
         fabric,
         [fabric_url or cloud.nats.url],
         token,
+        explainer=explainer,
     )
     listener = Listener(api, "127.0.0.1", 0, limits=LIMITS)
     await listener.start()

@@ -249,3 +249,25 @@ def test_prompts_times_n_is_bounded() -> None:
 
 def test_a_client_can_split_the_cache_further_but_not_leave_its_tenant() -> None:
     assert chat(cache_salt="x").request.cache_salt == "acme/x"
+    assert chat(cache_salt="x", cache_scope="tenant").request.cache_salt == "acme/x"
+    assert chat(cache_salt=None, cache_scope=None).request.cache_salt == "acme"
+
+
+def test_a_client_can_share_what_is_cached_with_all_who_want_it_or_with_nobody() -> None:
+    assert chat(cache_scope="shared").request.cache_salt == ""
+    assert chat(cache_scope="none").request.cache_salt is None
+    assert completion(cache_scope="shared").request.cache_salt == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"cache_scope": "planet"}, "cache_scope", "known ones are tenant, shared, none"),
+        ({"cache_scope": "shared", "cache_salt": "x"}, "cache_salt", "with cache_scope shared"),
+        ({"cache_scope": "none", "cache_salt": "x"}, "cache_salt", "with cache_scope none"),
+        ({"cache_scope": 3}, "cache_scope", "str"),
+    ],
+)
+def test_a_cache_scope_that_makes_no_sense_is_refused(fields: dict[str, Any], param: str, words: str) -> None:
+    refused = refusal(parse_chat, json.dumps({"model": "m", "messages": HELLO, **fields}).encode())
+    assert refused.param == param and words in str(refused)

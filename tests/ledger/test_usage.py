@@ -72,6 +72,15 @@ async def test_a_record_that_cannot_be_held_does_not_hold_up_the_others(
     assert reason in why and msgspec.json.decode(record)["request_id"] == "req-2"
 
 
+async def test_an_answer_that_was_delivered_twice_is_billed_once(url: str) -> None:
+    """The second time by another gateway, to a client that had lost the first, and has changed its key meanwhile."""
+    ledger = await Ledger.open(url)
+    assert await ledger.record_usage([usage("req-1")]) == 1
+    assert await ledger.record_usage([usage("req-1", gateway="another", key_id="another")]) == 0
+    await ledger.close()
+    assert not await _refused(url)
+
+
 async def test_a_second_story_of_the_same_request_is_kept_aside(url: str) -> None:
     ledger = await Ledger.open(url)
     await ledger.record_usage([usage("req-1")])

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from springtide.core.cluster import Replica
 from springtide.core.engine_api import EngineLoad
-from springtide.policy.routing import FAILURE_MEMORY_S, Candidate, NoRoute, RequestFacts, Route, route
+from springtide.policy.routing import FAILURE_MEMORY_S, Candidate, NoRoute, RequestFacts, Route, route, suits
 
 
 def candidate(name: str, *, running: int = 0, waiting: int = 0, seqs: int = 8, **rest: object) -> Candidate:
     state = rest.pop("state", "ready")
-    region = rest.pop("region", "local")
+    described = {name: rest.pop(name) for name in ("region", "numerics", "by_turn") if name in rest}
     load = EngineLoad(running=running, waiting=waiting)
     replica = Replica(
         id=name,
@@ -20,9 +20,9 @@ def candidate(name: str, *, running: int = 0, waiting: int = 0, seqs: int = 8, *
         model="m",
         engine="mock",
         state=state,
-        region=region,
         max_num_seqs=seqs,
         load=load,
+        **described,  # type: ignore[arg-type]
     )
     return Candidate(replica, **rest)  # type: ignore[arg-type]
 
@@ -47,7 +47,7 @@ def test_the_same_region_comes_first_while_it_has_room() -> None:
     facts = RequestFacts(region="eu")
     near, far = candidate("near", running=7, region="eu"), candidate("far", region="us")
     assert chosen(facts, near, far) == "near"
-    full = candidate("near", running=8, waiting=8, region="eu")
+    full = candidate("near", running=8, region="eu")
     assert chosen(facts, full, far) == "far"
 
 
@@ -61,7 +61,34 @@ def test_a_replica_that_just_failed_is_the_last_choice_and_is_forgiven_later() -
 def test_a_request_of_many_sequences_needs_room_for_all_or_an_idle_replica() -> None:
     facts = RequestFacts(sequences=10)
     assert isinstance(route(facts, [candidate("a", running=7)], 0.0), NoRoute)
-    assert chosen(RequestFacts(sequences=100), candidate("idle")) == "idle"
+    assert chosen(facts, candidate("idle")) == "idle"
+
+
+def test_where_one_comes_only_by_turn_nobody_goes_uncalled() -> None:
+    assert chosen(RequestFacts(), candidate("a", by_turn=True), candidate("b", running=7)) == "b"
+    assert isinstance(route(RequestFacts(), [candidate("a", by_turn=True)], 0.0), NoRoute)
+    assert isinstance(route(RequestFacts(), [candidate("a", full=True)], 0.0), NoRoute), "it has just said so"
+
+
+def test_what_was_begun_goes_on_in_its_class_of_numerics_if_it_can() -> None:
+    facts = RequestFacts(numerics="cpu")
+    cpu, gpu = candidate("cpu", running=7, numerics="cpu"), candidate("gpu", numerics="gpu")
+    assert chosen(facts, cpu, gpu) == "cpu"
+    answer = route(facts, [gpu], 0.0)
+    assert isinstance(answer, Route) and "numerics gpu instead of cpu" in answer.reason
+    assert suits(facts, cpu.replica, [cpu.replica, gpu.replica])
+    assert not suits(facts, gpu.replica, [cpu.replica, gpu.replica])
+    assert suits(facts, gpu.replica, [gpu.replica])
+
+
+def test_whom_to_avoid_is_the_last_choice_but_one() -> None:
+    avoided, other = candidate("avoided"), candidate("other", running=7)
+    facts = RequestFacts(avoid=frozenset({("node-of-avoided", "avoided")}))
+    assert chosen(facts, avoided, other) == "other"
+    assert chosen(facts, avoided) == "avoided"
+    assert not suits(facts, avoided.replica, [avoided.replica, other.replica])
+    assert suits(facts, avoided.replica, [avoided.replica])
+    assert chosen(facts, avoided, candidate("failed", failed_at=99.0)) == "avoided"
 
 
 def test_no_route_says_why() -> None:
@@ -74,7 +101,8 @@ def test_no_route_says_why() -> None:
     assert reason(candidate("a", state="starting"), candidate("b", state="draining")) == (
         "no replica of this model is ready (2 draining or starting)"
     )
-    assert reason(candidate("a", running=16)) == "all 1 ready replicas are full"
+    assert reason(candidate("a", running=8)) == "all 1 ready replicas are full"
+    assert reason(candidate("a", shut=True)) == "all 1 ready replicas have failed too often of late"
 
 
 def test_ties_are_settled_by_the_draw() -> None:
@@ -103,7 +131,7 @@ def test_who_is_chosen_is_ready_has_room_and_is_no_worse_than_any_like_it(
         for i, (r, w, f, up, near) in enumerate(drawn)
     ]
     answer = route(RequestFacts(sequences=sequences, draw=draw), candidates, 0.0)
-    able = [c for c in candidates if c.replica.state == "ready" and (c.sequences == 0 or c.sequences + sequences <= 16)]
+    able = [c for c in candidates if c.replica.state == "ready" and (c.sequences == 0 or c.sequences + sequences <= 8)]
     if isinstance(answer, NoRoute):
         assert not able
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -53,4 +54,47 @@ def engine(
         output_tokens=output_tokens,
         json_file=json_file,
         dtype=dtype,
+    )
+
+
+class FleetRun(StrEnum):
+    CHAOS = "chaos"
+    GATEWAYS = "gateways"
+    FAIRNESS = "fairness"
+
+
+class FleetEngine(StrEnum):
+    MOCK = "mock"
+    REAL = "real"
+
+
+@app.command()
+def fleet(
+    only: Annotated[FleetRun | None, typer.Option(help="One of the runs; all of them by default.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="How long each run, or window, lasts.")] = None,
+    seed: Annotated[int, typer.Option(help="Of faults and questions.")] = 1,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at once in chaos.")] = 200,
+    every: Annotated[float | None, typer.Option(min=0.1, help="Seconds between two faults.")] = None,
+    fabric_servers: Annotated[int, typer.Option(min=1, max=5, help="NATS servers.")] = 1,
+    engine: Annotated[FleetEngine, typer.Option(help="real: seeded streams of the default model.")] = FleetEngine.MOCK,
+    json_file: JsonFile = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Whether nothing is lost in chaos, and everybody gets a fair share of a full fleet."""
+    from springtide.cli.bench_fleet import Choice, run
+
+    chosen = settings(data_dir=data_dir)
+    run(
+        Choice(
+            only=only,
+            seconds=seconds,
+            seed=seed,
+            streams=streams,
+            every=every,
+            fabric_servers=fabric_servers,
+            engine="springtide" if engine is FleetEngine.REAL else "mock",
+            model=chosen.model,
+            model_dir=chosen.model_path,
+        ),
+        json_file,
     )

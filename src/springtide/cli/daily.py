@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -23,6 +24,7 @@ from springtide.core.errors import SetupError, SpringtideError
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
+_STORY_COLUMNS = ["seconds", "what", "attempt", "where", "gateway", "why"]
 _REQUEST_COLUMNS = ["request_id", "model", "outcome", "prompt_tokens", "completion_tokens", "cached_tokens"]
 
 
@@ -192,7 +194,7 @@ def deploy(
     else:
         body = {
             "name": name or deployment_name(model),
-            "source": os.path.abspath(model) if os.path.exists(model) else model,
+            "source": _reachable(model),
             "engine": engine,
             "replicas": replicas,
             "options": parse_options(option or []),
@@ -201,9 +203,18 @@ def deploy(
     print(f"deployed {body.get('name', model)}")
 
 
+def _reachable(source: str) -> str:
+    """A source as another process on this machine finds it: paths are made absolute."""
+    path, pin, digest = source.partition("#sha256:")
+    return os.path.abspath(path) + pin + digest if os.path.exists(path) else source
+
+
 def deployment_name(source: str) -> str:
-    """What clients call a model by default: the last part of its source, lower case."""
-    return Path(source.removeprefix("pypi:").removeprefix("hf:")).name.removesuffix(".gguf").lower()
+    """What clients call a model by default: the last part of its source without its pins, lower case."""
+    unpinned = source.partition("#sha256:")[0]
+    if unpinned.startswith("hf:"):
+        unpinned = unpinned.partition("@")[0]
+    return Path(unpinned.removeprefix("pypi:").removeprefix("hf:")).name.removesuffix(".gguf").lower()
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -252,6 +263,46 @@ def usage(
     rows = answer["rows"]
     columns = _REQUEST_COLUMNS if by == "request" else [c for c in rows[0] if c != "tenant_id"] if rows else []
     _table(f"Usage by {by}", [c.replace("_", " ") for c in columns], [[str(row[c]) for c in columns] for row in rows])
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="As in the answer's `id`, or the header x-request-id.")],
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """What happened to a request of the last hour: where it waited, where it went and why. No content."""
+    path = f"/requests/{quote(request_id, safe='')}/explain"
+    answer = AdminClient.of(settings(data_dir=data_dir).data_path).call("GET", path)
+    if as_json:
+        return _print_json(answer)
+    _table(f"Request {request_id}", _STORY_COLUMNS, _story_rows(answer["events"]))
+    if answer["left_out"]:
+        print(f"{answer['left_out']} events of its middle were not kept")
+    for gateway in answer["silent_gateways"]:
+        print(f"gateway {gateway} did not say what it knows")
+    if answer["usage"] is None:
+        print("The ledger has no usage under this id (yet).")
+        return
+    usage = answer["usage"]
+    columns = ["number", "node", "replica", "outcome", "seconds", "prompt_tokens", "completion_tokens", "cached_tokens"]
+    attempts = [{**a, "seconds": f"{a['ended'] - a['started']:.2f}"} for a in usage["attempts"]]
+    _table("Attempts", [c.replace("_", " ") for c in columns], [[str(a[c]) for c in columns] for a in attempts])
+    _table("Usage", [c.replace("_", " ") for c in _REQUEST_COLUMNS], [[str(usage[c]) for c in _REQUEST_COLUMNS]])
+
+
+def _story_rows(events: list[dict[str, Any]]) -> list[list[str]]:
+    """One row an event, its time in seconds since the first."""
+    return [
+        [
+            f"{event['at'] - events[0]['at']:.3f}",
+            event["what"],
+            str(event["attempt"] or ""),
+            event["replica"] and f"{event['replica']} on {event['node']}",
+            event["gateway"],
+            event["why"],
+        ]
+        for event in events
+    ]
 
 
 @keys.command("create")

@@ -29,6 +29,7 @@ from springtide.core.config import ENV_PREFIX, Settings
 from springtide.core.errors import SetupError, SpringtideError
 from springtide.core.log import setup_logging
 from springtide.fabric.authority import Authority
+from springtide.fabric.credentials import urls_of
 from springtide.fabric.server import NatsServer
 from springtide.fleet.children import Child, start_child
 
@@ -154,7 +155,7 @@ class Platform:
         url = self._start_fabric(authority)
         self._state.fabric_url = url
         credentials = self._dir / "fabric" / "platform.creds"
-        authority.platform_credentials("platform", [url]).save(credentials)
+        authority.platform_credentials("platform", urls_of(url)).save(credentials)
         self._sign_local_node(authority, url)
 
         report("starting the gateway", 0, None)
@@ -199,7 +200,7 @@ class Platform:
     def _sign_local_node(self, authority: Authority, url: str) -> None:
         """New credentials for this machine's node. Its agent renews them too, but not while the machine sleeps:
         after a night of that they have ended, and nobody would take the agent's word."""
-        authority.local_node(LOCAL_NODE, [url]).save(self._node_credentials)
+        authority.local_node(LOCAL_NODE, urls_of(url)).save(self._node_credentials)
         self._sign_again = time.time() + SIGN_EVERY_S
 
     def _deploy(self) -> None:

@@ -37,7 +37,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """One running engine of one model, as it describes itself in each heartbeat."""
+    """One running engine of one model, as it describes itself in each heartbeat.
+
+    `by_turn`: it is full and others wait for it: a request may come only on a turn that the replica grants.
+    """
 
     id: str
     node: str
@@ -52,6 +55,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     numerics: str = ""
     frame_version: int = 1
     load: EngineLoad = EngineLoad()
+    by_turn: bool = False
     error: str | None = None
     started: float = 0.0
     beat: float = 0.0

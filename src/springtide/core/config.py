@@ -25,9 +25,17 @@ def _default_data_dir() -> str:
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings of one machine, with their defaults. Sizes in bytes, times in seconds.
 
-    `fabric_url` empty means: start a NATS server here. `fabric_port` 0 means: a free one, remembered in the
-    data dir. `database_url` empty means SQLite in the data dir. `model_dir` empty means `<data_dir>/models`.
+    `fabric_url` empty means: start a NATS server here; several, with commas between them, are the servers of one
+    cluster. `fabric_port` 0 means: a free one, remembered in the data dir. `database_url` empty means SQLite in the
+    data dir. `model_dir` empty means `<data_dir>/models`.
     `grace` is what running requests get when a process stops.
+
+    A timeout of 0 is none. `connect_timeout`: for a replica to accept a request; `first_token_timeout` and
+    `inter_token_timeout`: for the first and for each further word of an attempt, after which it goes on elsewhere;
+    `total_timeout`: for a whole request. `hedge_after`: without a word for so long, a second replica is asked as
+    well, and the first to speak is heard; 0 is off. `retry_share` and `retry_floor` pace attempts after the first:
+    a share of the requests, and so many a second in any case. `step_timeout`: for one step of an engine; a replica
+    that is stuck in one ends, and is started again.
     """
 
     data_dir: str = msgspec.field(default_factory=_default_data_dir)
@@ -51,6 +59,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 16 * 1024 * 1024
     queue_timeout: float = 600.0
     silent_wait: float = 10.0
+    connect_timeout: float = 5.0
+    first_token_timeout: float = 0.0
+    inter_token_timeout: float = 60.0
+    total_timeout: float = 0.0
+    hedge_after: float = 0.0
+    retry_share: float = 0.2
+    retry_floor: float = 50.0
+    step_timeout: float = 30.0
     grace: float = 10.0
     cors_origins: str = "*"
     log_level: str = "INFO"

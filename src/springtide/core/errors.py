@@ -4,13 +4,17 @@ SpringtideError             anything that we raise on purpose
 ├─ SetupError               this machine or its configuration is not right (command line: exit code 1)
 └─ RequestError             a client's request can't be done; becomes OpenAI's error object
    ├─ InvalidRequest        400  the request itself is wrong
-   │  └─ ContextTooLong     400  prompt and answer don't fit the model's context
+   │  ├─ ContextTooLong     400  prompt and answer don't fit the model's context
+   │  └─ KeyReused          422  the idempotency key belongs to another request
    ├─ Unauthorized          401  no key, a wrong key, a revoked key
    ├─ ModelNotFound         404  no deployment of that name
+   ├─ TakenOver             409  another connection of the same client goes on with this answer
    ├─ BodyTooLarge          413  more bytes than we take
    ├─ Overloaded            503  no replica can take it within the deadline
-   ├─ DeadlineExceeded      504  the client's own deadline has passed
-   └─ ReplicaLost           502  the replica died after it had sent something
+   │  ├─ BacklogTooLong     429  the tenant's own requests fill all the time that there is
+   │  └─ GatewayStopping    503  this gateway ends; another one can go on
+   ├─ DeadlineExceeded      504  the deadline of the client, or of the platform, has passed
+   └─ ReplicaLost           502  replicas were lost, and no other could go on
 """
 
 from __future__ import annotations
@@ -94,6 +98,17 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class KeyReused(InvalidRequest):
+    status = 422
+    code = "idempotency_key_reused"
+
+
+class TakenOver(RequestError):
+    status = 409
+    type = "conflict_error"
+    code = "taken_over"
+
+
 class Unauthorized(RequestError):
     status = 401
     type = "authentication_error"
@@ -116,6 +131,16 @@ class Overloaded(RequestError):
     status = 503
     type = "overloaded_error"
     code = "no_capacity"
+
+
+class BacklogTooLong(Overloaded):
+    status = 429
+    type = "rate_limit_error"
+    code = "backlog_too_long"
+
+
+class GatewayStopping(Overloaded):
+    code = "gateway_stopping"
 
 
 class DeadlineExceeded(RequestError):

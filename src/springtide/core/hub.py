@@ -13,6 +13,7 @@ _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 _IGNORED = ["*/*", "consolidated*.safetensors"]
 _SHARD_INDEX = "model.safetensors.index.json"
 _PATIENCE_S = 20.0
+_TOO_MANY_REQUESTS = 429
 
 
 def fetch_from_hub(repository: str, revision: str | None, progress: Progress) -> Path:
@@ -63,7 +64,7 @@ def _why_it_is_away(repository: str, revision: str | None) -> str | None:
     try:
         HfApi().model_info(repository, revision=revision, timeout=_PATIENCE_S)
     except HfHubHTTPError as error:
-        if error.response.status_code < 500:
+        if error.response.status_code < 500 and error.response.status_code != _TOO_MANY_REQUESTS:
             raise
         return _first_line(error)
     except Exception as error:  # of the HTTP library that the client happens to use

@@ -15,6 +15,7 @@ from springtide.core.errors import InvalidRequest, WireError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Outcome = Literal["finished", "failed", "cancelled"]
+PriorityClass = Literal["interactive", "standard", "batch"]
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -107,11 +108,13 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ChoiceOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What one choice has already sent: a new replica goes on after it (resume)."""
+    """What one choice has already sent: a new replica goes on after it (resume), or leaves it alone if it has a
+    `finish_reason`."""
 
     choice: int
     token_ids: list[int]
     text: str
+    finish_reason: FinishReason | None = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -119,6 +122,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `deadline` and `created` are unix seconds. `seed` in `sampling` is always set: the gateway draws one where
     the client named none, so that a retry elsewhere gives the same text. `outputs` is empty but on resume.
+    Requests of equal `cache_salt` share what is cached of their prompts; None: this one is not cached.
     """
 
     id: str
@@ -129,9 +133,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompts: tuple[str | tuple[int, ...], ...] | None = None
     echo: bool = False
     priority: int = 0
+    priority_class: PriorityClass = "standard"
+    weight: float = 1.0
+    fingerprint: str = ""
     created: float = 0.0
     deadline: float | None = None
-    cache_salt: str = ""
+    cache_salt: str | None = None
     outputs: tuple[ChoiceOutput, ...] = ()
 
     @property

@@ -16,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _CA_LIFE = datetime.timedelta(days=3650)
 _SERVER_LIFE = datetime.timedelta(days=365)
 _RENEW_BEFORE = datetime.timedelta(days=30)
+_USES = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]  # servers also dial each other
 _CLOCK_SKEW = datetime.timedelta(minutes=5)
 
 
@@ -43,7 +44,7 @@ def new_server_certificate(ca_pem: str, ca_key_pem: str, hosts: Iterable[str]) -
         _builder(_name("Springtide fabric"), ca.subject, key.public_key(), _SERVER_LIFE)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(_USES), critical=False)
         .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, hashes.SHA256())
@@ -52,8 +53,10 @@ def new_server_certificate(ca_pem: str, ca_key_pem: str, hosts: Iterable[str]) -
 
 
 def still_good(certificate_pem: str, hosts: Iterable[str]) -> bool:
-    """Whether a server certificate names all `hosts` and does not end within a month."""
+    """Whether a server certificate names all `hosts`, serves all uses, and does not end within a month."""
     certificate = x509.load_pem_x509_certificate(certificate_pem.encode())
+    if set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) != set(_USES):
+        return False
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if not {_general_name(host) for host in hosts} <= set(names):
         return False

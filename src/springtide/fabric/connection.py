@@ -1,6 +1,8 @@
 """One connection of one process to the fabric, for as long as the process lives.
 
-It reconnects for ever, also where nats-py gives up (a token that ended, a refusal): then a new client takes its
+Where the credentials name several servers, any of them will do, and the others are tried first when one is gone. A
+server that answers nothing (stopped, or behind a cut cable) counts as gone after two seconds. The connection comes
+back for ever, also where nats-py gives up (a token that ended, a refusal): then a new client takes its
 place and every subscription moves over. Delivery is at most once, as in core NATS; the protocols above repair
 what is lost, and are told when the connection is back. Permission errors are logged once each and counted.
 """
@@ -22,6 +24,7 @@ import nats.errors
 from nats.aio.client import Client, Server
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
+from nats.aio.transport import TcpTransport
 from nats.js import JetStreamContext
 
 from springtide.core.errors import SetupError
@@ -35,7 +38,10 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Msg], Awaitable[None]]
 
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 1.0
-_PING_INTERVAL_S = 5
+_PING_INTERVAL_S = 0.5
+_PINGS = 3  # without an answer, and the server is gone
+_HANG_UP_S = 0.2
+_GOODBYE_S = 2.0  # for what is still to be sent
 _OUT_BUFFER = 32 * 2**20  # bytes that wait in this process for the socket, or for a reconnect
 _IN_MESSAGES, _IN_BYTES = 1_000_000, 512 * 2**20  # what one subscription may hold until its handler runs
 
@@ -63,6 +69,31 @@ _nats_log = _NatsLog()
 _nats_logger = logging.getLogger("nats")
 _nats_logger.addHandler(_nats_log)
 _nats_logger.propagate = False
+
+
+class _Transport(TcpTransport):
+    """nats-py hangs up politely: a server that is gone without a word would have to take what was written to it, or to
+    answer TLS's farewell, and the new connection waits for that. This one is polite for a moment only."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __bool__(self) -> bool:
+        return True  # nats-py would else put its own in our place before it connects
+
+    async def wait_closed(self) -> None:
+        writer = self._io_writer
+        if writer is None:
+            return
+        closed = asyncio.ensure_future(writer.wait_closed())
+        done, _ = await asyncio.wait({closed}, timeout=_HANG_UP_S)
+        if not done:
+            self.abort()
+        await closed
+
+    def abort(self) -> None:
+        if self._io_writer is not None:
+            self._io_writer.transport.abort()
 
 
 class Subscription:
@@ -252,6 +283,7 @@ class Fabric:
         """A connected client, or None: it failed, was refused, or took too long. nats-py tries again by itself,
         but some failures (a server that hangs up while we speak) escape it."""
         client = Client()
+        client._transport = _Transport()
         connecting = asyncio.create_task(self._connect_client(client, self._credentials, refused))
         refusal = asyncio.create_task(refused.wait())
         try:
@@ -282,8 +314,11 @@ class Fabric:
             if client is self._client and not self._closing:
                 self._spawn(self._reopen())
 
+        left: dict[str, float] = {}  # when we turned to each server last
+
         def choose_server(pool: list[Server], info: dict[str, Any]) -> tuple[Server | None, float]:
-            server = min(pool, key=lambda candidate: candidate.reconnects)
+            server = min(pool, key=lambda candidate: left.get(candidate.uri.netloc, 0.0))
+            left[server.uri.netloc] = time.monotonic()
             # A whole fleet reconnects at once after a restart: spread it.
             wait = min(_LAST_WAIT_S, _FIRST_WAIT_S * 1.5 ** min(server.reconnects, 20))
             return server, wait * random.uniform(0.5, 1.0)
@@ -300,12 +335,15 @@ class Fabric:
             max_reconnect_attempts=-1,
             reconnect_time_wait=_FIRST_WAIT_S,  # type: ignore[arg-type]  # any number does
             reconnect_to_server_handler=choose_server,
-            ping_interval=_PING_INTERVAL_S,
+            ping_interval=_PING_INTERVAL_S,  # type: ignore[arg-type]
+            max_outstanding_pings=_PINGS,
             pending_size=_OUT_BUFFER,
             error_cb=on_error,
             reconnected_cb=on_reconnected,
             closed_cb=on_closed,
         )
+        if client.connected_url is not None:
+            left[client.connected_url.netloc] = time.monotonic()
 
     def _current_credentials(self) -> Credentials:
         """Those in the file, if it is readable; else the last ones that were."""
@@ -391,9 +429,13 @@ class Fabric:
 
 
 async def _close(client: Client) -> None:
-    """Close, also where the server is gone and nats-py fails to say goodbye to it."""
+    """Close, also where the server is gone and nats-py fails to say goodbye to it, or waits for it to listen."""
+    closing = asyncio.ensure_future(client.close())
+    done, _ = await asyncio.wait({closing}, timeout=_GOODBYE_S)
+    if not done and isinstance(client._transport, _Transport):
+        client._transport.abort()
     try:
-        await client.close()
+        await closing
     except (OSError, RuntimeError, nats.errors.Error):  # uvloop says RuntimeError of a transport that is closed
         pass
 

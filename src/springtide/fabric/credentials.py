@@ -58,6 +58,11 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True):
         return wants_tls(self.urls)
 
 
+def urls_of(setting: str) -> list[str]:
+    """One URL, or all those of a cluster's servers with commas between them."""
+    return [url.strip() for url in setting.split(",") if url.strip()]
+
+
 def wants_tls(urls: list[str]) -> bool:
     """Whether these servers are spoken to by TLS; plain only ever to this machine itself.
 

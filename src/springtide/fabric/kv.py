@@ -26,6 +26,7 @@ _MESSAGE_TOO_LARGE = 10054
 _BATCH = 1000
 _HEADER_FRAME = 12  # bytes around a message's headers
 _SECOND = 10**9  # JetStream counts nanoseconds
+_REPLICAS = 3  # of each stream, where there are so many servers: one may fail
 
 PRESENCE_TTL_S = 10.0
 
@@ -59,11 +60,16 @@ class _ApiError(msgspec.Struct):
     description: str = ""
 
 
+class _Config(msgspec.Struct, frozen=True):
+    num_replicas: int = 1
+
+
 class _Answer(msgspec.Struct):
     """What JetStream answers to a publish or an API call."""
 
     seq: int = 0
     duplicate: bool = False
+    config: _Config = _Config()
     error: _ApiError | None = None
 
 
@@ -231,15 +237,17 @@ _STREAMS = [
 
 
 async def create_buckets_and_streams(fabric: Fabric, *, patience: float = 30.0) -> None:
-    """Make what is missing and bring the rest to this configuration.
+    """Make what is missing and bring the rest to this configuration. Where the credentials name three servers or more,
+    three keep everything.
 
     Raises:
         SetupError: JetStream still refuses or is silent after `patience` seconds.
     """
+    replicas = _REPLICAS if len(fabric.urls) >= _REPLICAS else 1
     try:
         async with asyncio.timeout(patience):
             for config in _STREAMS:
-                await _create_stream(fabric, config)
+                await _create_stream(fabric, {**config, "num_replicas": replicas})
     except TimeoutError:
         raise SetupError(
             "the fabric's store does not answer", hint="is JetStream on, and its disk not full? see the server's log"
@@ -251,6 +259,8 @@ async def _create_stream(fabric: Fabric, config: dict[str, Any]) -> None:
     verb, wait = "CREATE", 0.05
     while True:
         try:
+            if verb == "UPDATE":
+                config = await _with_all_replicas(fabric, config)
             await _ask(fabric, f"$JS.API.STREAM.{verb}.{config['name']}", msgspec.json.encode(config), None, 2.0)
             return
         except Conflict:
@@ -258,6 +268,16 @@ async def _create_stream(fabric: Fabric, config: dict[str, Any]) -> None:
         except Unavailable:
             await asyncio.sleep(wait)
             wait = min(1.0, 2 * wait)
+
+
+async def _with_all_replicas(fabric: Fabric, config: dict[str, Any]) -> dict[str, Any]:
+    """Never fewer than there are: who knows of one server only must not undo what the others made.
+
+    Raises:
+        Unavailable
+    """
+    answer = await _ask(fabric, f"$JS.API.STREAM.INFO.{config['name']}", b"", None, 2.0)
+    return {**config, "num_replicas": max(config["num_replicas"], answer.config.num_replicas)}
 
 
 async def _ask(fabric: Fabric, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float) -> _Answer:

@@ -5,7 +5,8 @@ once, and one who comes later reads the last of each. The subject says who speak
 its own name), the record must say the same. Nothing here knows what the records are used for.
 
 The server tells when a connection ends; `DisconnectWatch` passes that on, so that a killed process is gone
-within milliseconds, and not only when its last beat has grown old.
+within milliseconds. A stopped one, or one behind a cut cable, is gone when its last beat has grown old: two beats may
+be missed. A reader that slept itself, or was cut off, lets nobody grow old meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nats.aio.msg import Msg
 from springtide.core import wire
 from springtide.core.cluster import Gateway, Node, Replica
 from springtide.fabric import subjects
+from springtide.fabric.awake import AwakeClock
 from springtide.fabric.connection import Fabric, Subscription
 from springtide.fabric.credentials import Credentials
 from springtide.fabric.kv import Bucket, Entry, Unavailable
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 Record = Node | Replica | Gateway
 
+MAX_AGE_S = 3.0
+_BEAT_S = 1.0
+_LOOK_S = 0.2  # between two looks for those who have grown old
 _LEAST_GAP_S = 0.05  # between two beats, however often `beat_now` is called
 _CONNECTION_HEADER = "St-Connection"
 _KINDS: dict[str, type[Node] | type[Replica] | type[Gateway]] = {"node": Node, "replica": Replica, "gateway": Gateway}
@@ -41,7 +46,7 @@ _KINDS: dict[str, type[Node] | type[Replica] | type[Gateway]] = {"node": Node, "
 class Heart:
     """Publishes what `describe` says, every `every` seconds and when something changed."""
 
-    def __init__(self, fabric: Fabric, describe: Callable[[], Record], *, every: float = 1.0) -> None:
+    def __init__(self, fabric: Fabric, describe: Callable[[], Record], *, every: float = _BEAT_S) -> None:
         self._fabric = fabric
         self._describe = describe
         self._every = every
@@ -107,10 +112,10 @@ class PresenceView:
     `counters`: beats, goodbyes, gone (the server said so), expired, refused (unreadable, or another's name).
     """
 
-    def __init__(self, fabric: Fabric, *, max_age: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fabric: Fabric, *, max_age: float = MAX_AGE_S, clock: Callable[[], float] | None = None) -> None:
         self._fabric = fabric
         self._max_age = max_age
-        self._clock = clock
+        self._clock = clock or AwakeClock(_LOOK_S)
         self._bucket = Bucket(fabric, subjects.PRESENCE)
         self._seen: dict[str, _Seen] = {}
         self._said_goodbye: dict[str, float] = {}
@@ -251,10 +256,10 @@ class PresenceView:
 
     async def _expire(self) -> None:
         while True:
-            await asyncio.sleep(min(0.25, self._max_age / 4))
+            await asyncio.sleep(_LOOK_S)
+            now = self._clock()
             if not self._fabric.connected:
                 continue
-            now = self._clock()
             old = [key for key, seen in self._seen.items() if seen.expires <= now]
             for key in old:
                 del self._seen[key]

@@ -1,4 +1,5 @@
-"""A nats-server as a child process: for one machine, or the first of a fleet. Knows nothing of clients."""
+"""A nats-server as a child process: for one machine, the first of a fleet, or one of several that stand in for each
+other. Knows nothing of clients."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from springtide.core.errors import SetupError
-from springtide.fabric import certificates
+from springtide.fabric import certificates, subjects
 from springtide.fabric.authority import Authority
 from springtide.fabric.credentials import is_loopback
 from springtide.fabric.files import private_directory, write_private
@@ -31,6 +32,7 @@ OLDEST_VERSION = (2, 11)  # batched direct gets of JetStream
 _WILDCARDS = ("", "0.0.0.0", "::")  # addresses that mean all of a machine's
 _MAX_LOG = 16 * 2**20
 _PORT_PATIENCE_S = 2.0
+_PING_INTERVAL = '"5s"'  # of a client that is silent; after two without an answer its connection is cleared away
 _PR_SET_PDEATHSIG = 1
 
 
@@ -66,8 +68,19 @@ def reach_beyond(urls: list[str]) -> bool:
     return not all(is_loopback(urlsplit(url).hostname or "") for url in urls)
 
 
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """The servers that form one fabric, as one of them sees it. `server` is its own name, another one at each; `port`
+    is where the others reach it; `routes` are the others as `host:port` (itself among them does no harm). Three can
+    spare one; the streams are then kept on all three. All must have the same authority."""
+
+    server: str
+    port: int
+    routes: list[str]
+    name: str = "springtide"
+
+
 class NatsServer:
-    """A nats-server that trusts `authority`, with JetStream below `directory`.
+    """A nats-server that trusts `authority`, with JetStream below `directory`; with `cluster` it is one of several.
 
     `port` 0 is a free one at first, remembered in `directory` from then on. On Linux the server dies with the
     thread that started it, so start it from a thread that lives as long as the process. Loopback clients may
@@ -75,7 +88,14 @@ class NatsServer:
     """
 
     def __init__(
-        self, directory: Path, authority: Authority, *, host: str = "127.0.0.1", port: int = 0, binary: str = ""
+        self,
+        directory: Path,
+        authority: Authority,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        binary: str = "",
+        cluster: Cluster | None = None,
     ) -> None:
         self.directory = directory
         self.authority = authority
@@ -83,6 +103,7 @@ class NatsServer:
         self.port = port
         self.log_file = directory / "nats-server.log"
         self._binary = binary
+        self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[bytes] | None = None
 
@@ -100,7 +121,9 @@ class NatsServer:
             _check_version(binary)
             port = self.port or self._remembered_port()
             if port:
-                self._wait_for_free(port)
+                self._wait_for_free(port, "fabric_port")
+            if self._cluster is not None:
+                self._wait_for_free(self._cluster.port, "the cluster's port")
             self._spawn(binary, port)
             self.port = self._wait_until_ready(timeout)
             write_private(self._port_file, str(self.port).encode())
@@ -174,12 +197,12 @@ class NatsServer:
         except (OSError, ValueError):
             return 0
 
-    def _wait_for_free(self, port: int) -> None:
+    def _wait_for_free(self, port: int, setting: str) -> None:
         """A predecessor that was just killed may hold the port for a moment."""
         deadline = time.monotonic() + _PORT_PATIENCE_S
         while not _is_free(self.host, port):
             if time.monotonic() > deadline:
-                hint = "stop what listens there, or choose another one with fabric_port"
+                hint = f"stop what listens there, or choose another one with {setting}"
                 raise SetupError(f"port {port} on {self.host} is in use", hint=hint)
             time.sleep(0.05)
 
@@ -206,11 +229,29 @@ class NatsServer:
             f"listen: {msgspec.json.encode(f'{_in_url(self.host)}:{port or -1}').decode()}\n"
             f"ports_file_dir: {_quoted(self.directory)}\n"
             f"max_payload: {MAX_PAYLOAD}\n"
+            f"ping_interval: {_PING_INTERVAL}\nping_max: 2\n"
             f"jetstream {{ store_dir: {_quoted(self.directory / 'jetstream')} }}\n"
             # The client's handshake comes first, before the server's greeting: nobody in between can talk a
             # client out of TLS. A plain client is greeted 50 ms later.
             f"tls {{ cert_file: {_quoted(certificate)}, key_file: {_quoted(key)}, handshake_first: auto }}\n"
-            f"allow_non_tls: true\n" + self.authority.server_config()
+            f"allow_non_tls: true\n" + self._cluster_config(certificate, key) + self.authority.server_config()
+        )
+
+    def _cluster_config(self, certificate: Path, key: Path) -> str:
+        """Only servers with a certificate of our authority are let in; each checks the other's."""
+        if self._cluster is None:
+            return ""
+        authority = self.directory / "ca.pem"
+        write_private(authority, self.authority.ca_pem.encode())
+        name, server = subjects.check_token("cluster", self._cluster.name), self._cluster.server
+        routes = msgspec.json.encode([f"tls://{route}" for route in self._cluster.routes]).decode()
+        return (
+            f"server_name: {subjects.check_token('server', server)}\n"
+            f"cluster {{ name: {name}, routes: {routes}\n"
+            f"listen: {msgspec.json.encode(f'{_in_url(self.host)}:{self._cluster.port}').decode()}\n"
+            f"no_advertise: true\n"  # clients have URLs whose names are those in the certificates
+            f"tls {{ cert_file: {_quoted(certificate)}, key_file: {_quoted(key)}\n"
+            f"ca_file: {_quoted(authority)}, verify: true }} }}\n"
         )
 
     def _wait_until_ready(self, timeout: float) -> int:

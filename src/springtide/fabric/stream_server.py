@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from nats.aio.msg import Msg
@@ -16,20 +15,30 @@ from springtide.core import wire
 from springtide.core.errors import InvalidRequest, RequestError
 from springtide.core.request import Delta, End, Request, TokenCounts
 from springtide.fabric import subjects
+from springtide.fabric.awake import AwakeClock
 from springtide.fabric.connection import Fabric, Subscription
+from springtide.fabric.stream_keep import Keep, Kept
+from springtide.fabric.stream_parts import Assembler
 from springtide.fabric.stream_wire import (
     FRAME_VERSION,
     MAX_BATCH_BYTES,
-    MAX_PARTS,
+    OLDEST_VERSION,
     Answer,
+    Backlog,
     Control,
+    Finding,
     Frame,
     OpenPart,
+    Outgoing,
     StreamKey,
+    Turn,
+    common_version,
     decode_control,
     decode_open,
+    encode,
     encode_batches,
     encode_frame,
+    is_ours,
     peek,
 )
 from springtide.fabric.tasks import end
@@ -38,72 +47,36 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T", OpenPart, Control)
 
-GATEWAY_PATIENCE_S = 15.0
-_TICK_S = 1.0
-_PARTS_PATIENCE_S = 10.0
-_MAX_PARTS_BYTES = 128 * 2**20  # of requests that are not whole yet
+GATEWAY_PATIENCE_S = 6.0  # it gives a sign of life each second
+ORPHAN_S = 60.0
+_TICK_S = 0.5
 
 
-class _Kept:
-    """One attempt: its frames from `first` on, encoded, until nobody can want them any more."""
+class _Gateway:
+    """What a replica knows of one."""
 
-    __slots__ = ("acked", "ended_at", "first", "frames", "gateway", "key", "size")
-
-    def __init__(self, key: StreamKey, gateway: str) -> None:
-        self.key = key
-        self.gateway = gateway
-        self.frames: list[bytes] = []
-        self.first = 0
-        self.acked = 0  # all before this number were received
-        self.size = 0
-        self.ended_at: float | None = None
-
-    @property
-    def next(self) -> int:
-        return self.first + len(self.frames)
-
-    def since(self, number: int) -> list[bytes] | None:
-        """The frames from `number` on; None if some of them are gone."""
-        return self.frames[number - self.first :] if number >= self.first else None
-
-    def free_acked(self) -> int:
-        """Let go of what was received; the bytes freed."""
-        count = min(max(self.acked - self.first, 0), len(self.frames))
-        freed = sum(map(len, self.frames[:count]))
-        del self.frames[:count]
-        self.first += count
-        self.size -= freed
-        return freed
-
-
-class _Parts:
-    """A request that is not whole yet."""
-
-    __slots__ = ("pieces", "since", "total")
-
-    def __init__(self, total: int, since: float) -> None:
-        self.pieces: dict[int, bytes] = {}
-        self.total = total
-        self.since = since
-
-
-class _Outgoing:
-    __slots__ = ("answers", "frames")
+    __slots__ = ("heard_at", "speaks")
 
     def __init__(self) -> None:
-        self.frames: list[bytes] = []
-        self.answers: list[Answer] = []
+        self.heard_at = 0.0
+        self.speaks = OLDEST_VERSION
 
 
 class StreamServer:
     """All request streams that run on one replica. Call it from one event loop only.
 
-    `on_open` starts a request: it must answer soon with `emit(key, [])` or with a refusal, then emit what comes,
-    and an `end` at last. `on_cancel` says that nobody wants it any more: nothing need be emitted after that.
+    `on_open(key, request, gateway, turn)` starts a request, which came on the turn of that serial: it must answer soon
+    with `emit(key, [])` or with a refusal, then emit what comes, and an `end` at last. `on_cancel` says that nobody
+    wants it any more: nothing need be emitted after that.
 
-    `counters`: opened, refused, duplicates (opened twice), superseded, cancelled, gateways_lost, streams_orphaned
-    (their gateway died), replays, frames, frames_replayed, unsent, after_end (emitted for a stream that is over),
-    evicted (streams dropped to keep within `max_bytes`), parts_expired, garbage, wrong_version.
+    `on_backlog(gateway, backlogs)` is all that waits there, whenever that changes and once a second; `on_declined`
+    names turns that are not needed; `on_gateway_lost` says that a gateway has been silent for long, or has nothing
+    here any more. Turns are sent once: who grants them must take back those that nobody uses.
+
+    `counters`: opened, refused, duplicates (opened twice), superseded, cancelled, taken_over, gateways_lost,
+    streams_orphaned (their gateway died), replays, frames, frames_replayed, unsent, turns_unsent, after_end (emitted
+    for a stream that is over), evicted (streams dropped to keep within `max_bytes`), parts_expired, garbage,
+    wrong_version.
     """
 
     def __init__(
@@ -112,32 +85,33 @@ class StreamServer:
         node: str,
         replica: str,
         *,
-        on_open: Callable[[StreamKey, Request], None],
+        on_open: Callable[[StreamKey, Request, str, int | None], None],
         on_cancel: Callable[[StreamKey], None],
+        on_backlog: Callable[[str, list[Backlog]], None] = lambda gateway, backlogs: None,
+        on_declined: Callable[[str, list[int]], None] = lambda gateway, serials: None,
+        on_gateway_lost: Callable[[str], None] = lambda gateway: None,
         keep_s: float = 60.0,
         max_bytes: int = 64 * 2**20,
     ) -> None:
         self.node = subjects.check_token("node", node)
         self.replica = subjects.check_token("replica", replica)
+        self.counters: Counter[str] = Counter()
         self._fabric = fabric
         self._on_open = on_open
         self._on_cancel = on_cancel
+        self._on_backlog = on_backlog
+        self._on_declined = on_declined
+        self._on_gateway_lost = on_gateway_lost
         self._keep_s = keep_s
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._streams: dict[StreamKey, _Kept] = {}  # oldest first
-        self._ended: dict[StreamKey, _Kept] = {}  # those of them that ended, oldest end first
-        self._latest: dict[str, StreamKey] = {}  # a request's last attempt here
+        self._kept = Keep(max_bytes)
+        self._parts = Assembler(self.counters)
         self._closed: dict[StreamKey, float] = {}  # cancelled: a late copy of the opening must not start it again
-        self._parts: dict[StreamKey, _Parts] = {}
-        self._parts_bytes = 0
-        self._gateways: dict[str, float] = {}  # when each was last heard
-        self._outbox: dict[str, _Outgoing] = {}
+        self._gateways: dict[str, _Gateway] = {}
+        self._outbox: dict[str, Outgoing] = {}
         self._sending = asyncio.Lock()
         self._subscriptions: list[Subscription] = []
         self._task: asyncio.Task[None] | None = None
-        self._now = time.monotonic
-        self.counters: Counter[str] = Counter()
+        self._now = AwakeClock(_TICK_S)
 
     async def start(self) -> None:
         self._subscriptions = [
@@ -163,7 +137,7 @@ class StreamServer:
         Raises:
             ValueError: one frame of more bytes than a message may have.
         """
-        stream = self._streams.get(key)
+        stream = self._kept.streams.get(key)
         if stream is None or stream.ended_at is not None:
             self.counters["after_end"] += 1
             return
@@ -171,17 +145,12 @@ class StreamServer:
         if len(frame) > MAX_BATCH_BYTES:
             self._emit_halves(key, deltas, end, len(frame))
             return
-        stream.frames.append(frame)
-        stream.size += len(frame)
-        self._bytes += len(frame)
-        outgoing = self._outbox.get(stream.gateway)
-        if outgoing is None:
-            outgoing = self._outbox[stream.gateway] = _Outgoing()
-        outgoing.frames.append(frame)
+        self._kept.append(stream, frame)
         if end is not None:
-            stream.ended_at = self._now()
-            self._ended[key] = stream
-        if self._bytes > self._max_bytes:
+            self._kept.end(stream, self._now())
+        if stream.orphaned_at is None:
+            self._outgoing(stream.gateway).frames.append(frame)
+        if self._kept.over:
             self._shrink()
 
     def _emit_halves(self, key: StreamKey, deltas: list[Delta], end: End | None, size: int) -> None:
@@ -191,6 +160,10 @@ class StreamServer:
         self.emit(key, deltas[:middle])
         self.emit(key, deltas[middle:], end)
 
+    def grant(self, gateway: str, turns: list[Turn]) -> None:
+        """Leave for the gateway to send requests. It leaves with the next `flush`."""
+        self._outgoing(gateway).turns.extend(turns)
+
     async def flush(self) -> None:
         """Send all that was emitted since, one message per gateway (more only if it is very much)."""
         async with self._sending:  # two at once could change the order of large batches
@@ -198,80 +171,72 @@ class StreamServer:
                 gateway, outgoing = self._outbox.popitem()
                 await self._send(gateway, outgoing)
 
-    async def _send(self, gateway: str, outgoing: _Outgoing) -> None:
+    async def _send(self, gateway: str, outgoing: Outgoing) -> None:
         if not self._fabric.connected:
             self.counters["unsent"] += len(outgoing.frames)  # kept anyway, and sent again after the reconnect
+            self.counters["turns_unsent"] += len(outgoing.turns)
             return
         self.counters["frames"] += len(outgoing.frames)
+        known = self._gateways.get(gateway)
+        version = common_version(known.speaks if known is not None else OLDEST_VERSION)
         subject = subjects.frames_subject(gateway, self.node)
         limit = min(MAX_BATCH_BYTES, self._fabric.nc.max_payload // 2)
-        for message in encode_batches(self.replica, outgoing.frames, outgoing.answers, limit):
+        for message in encode_batches(version, self.replica, outgoing, limit):
             await self._fabric.publish(subject, message)
 
-    def _outgoing(self, gateway: str) -> _Outgoing:
-        return self._outbox.setdefault(gateway, _Outgoing())
+    def _outgoing(self, gateway: str) -> Outgoing:
+        outgoing = self._outbox.get(gateway)
+        if outgoing is None:
+            outgoing = self._outbox[gateway] = Outgoing()
+        return outgoing
+
+    def _answer_unknown(self, key: StreamKey, gateway: str) -> None:
+        self._outgoing(gateway).answers.append(Answer(*key, "unknown"))
+
+    def _answer_taken(self, key: StreamKey, gateway: str) -> None:
+        known = self._gateways.get(gateway)
+        understands = known is not None and known.speaks >= 2
+        self._outgoing(gateway).answers.append(Answer(*key, "taken" if understands else "unknown"))
 
     # What comes in: openings.
 
     async def _on_open_message(self, message: Msg) -> None:
         part = self._decode(decode_open, message.data)
         if part is not None:
+            self._heard(part.gateway, part.speaks)
             self._take_part(part)
         await self.flush()
 
     def _take_part(self, part: OpenPart) -> None:
-        self._gateways[part.gateway] = self._now()
         key = StreamKey(part.request_id, part.attempt)
-        if key in self._streams:
+        stream = self._kept.streams.get(key)
+        if stream is not None and stream.gateway == part.gateway:
             self.counters["duplicates"] += 1
             if part.part == 0:
                 self._replay(key, part.gateway, 0)
-        elif key in self._closed or self._is_superseded(key):
-            self._outgoing(part.gateway).answers.append(Answer(*key, "unknown"))
+        elif stream is not None or key in self._closed or self._is_superseded(key):
+            self._answer_unknown(key, part.gateway)
         else:
-            packed = self._assemble(key, part)
+            packed = self._parts.add(key, part, self._now())
             if packed is not None:
-                self._open(key, part.gateway, packed)
+                self._open(key, packed, part.gateway, part.turn)
 
     def _is_superseded(self, key: StreamKey) -> bool:
-        latest = self._latest.get(key.request_id)
-        return latest is not None and latest.attempt > key.attempt
+        latest = self._kept.latest(key.request_id)
+        return latest is not None and latest.key.attempt > key.attempt
 
-    def _assemble(self, key: StreamKey, part: OpenPart) -> bytes | None:
-        """The whole packed request, once its last part is here."""
-        if not (0 <= part.part < part.parts <= MAX_PARTS):
-            self.counters["garbage"] += 1
-            return None
-        if part.parts == 1:
-            return part.data
-        parts = self._parts.setdefault(key, _Parts(part.parts, self._now()))
-        if part.part not in parts.pieces and part.part < parts.total:
-            parts.pieces[part.part] = part.data
-            self._parts_bytes += len(part.data)
-        if len(parts.pieces) < parts.total:
-            while self._parts_bytes > _MAX_PARTS_BYTES:
-                self._drop_parts(next(iter(self._parts)))
-            return None
-        packed = b"".join(parts.pieces[number] for number in range(parts.total))
-        self._parts_bytes -= len(packed)
-        del self._parts[key]
-        return packed
-
-    def _drop_parts(self, key: StreamKey) -> None:
-        parts = self._parts.pop(key)
-        self._parts_bytes -= sum(map(len, parts.pieces.values()))
-        self.counters["parts_expired"] += 1
-
-    def _open(self, key: StreamKey, gateway: str, packed: bytes) -> None:
-        earlier = self._latest.get(key.request_id)
+    def _open(self, key: StreamKey, packed: bytes, gateway: str, turn: int | None) -> None:
+        earlier = self._kept.latest(key.request_id)
         if earlier is not None:
             self.counters["superseded"] += 1
-            self._cancel(earlier)
-        self._streams[key] = _Kept(key, gateway)
-        self._latest[key.request_id] = key
+            self._cancel(earlier.key)
+        stream = self._kept.open(key, gateway)
         self.counters["opened"] += 1
         try:
-            self._on_open(key, wire.unpack(packed, Request))
+            request = wire.unpack(packed, Request)
+            if request.fingerprint:
+                self._kept.make_findable(stream, request)
+            self._on_open(key, request, gateway, turn)
         except msgspec.MsgspecError as error:
             self._refuse(key, InvalidRequest(f"the replica can't read the request: {error}"))
         except RequestError as error:
@@ -284,85 +249,128 @@ class StreamServer:
         self.counters["refused"] += 1
         self.emit(key, [], End("failed", TokenCounts(), error.to_wire()))
 
-    # What comes in: acknowledgements, replays, cancels, signs of life.
+    # What comes in: acknowledgements, replays, cancels, signs of life, and what concerns more than one stream.
 
     async def _on_control_message(self, message: Msg) -> None:
         control = self._decode(decode_control, message.data)
         if control is not None:
+            self._heard(control.gateway, control.speaks)
             self._take_control(control)
         await self.flush()
 
     def _take_control(self, control: Control) -> None:
-        self._gateways[control.gateway] = self._now()
+        gateway = control.gateway
         for request_id, attempt, number in control.acks:
-            stream = self._streams.get(StreamKey(request_id, attempt))
-            if stream is not None and stream.acked < number <= stream.next:
-                stream.acked = number
-                if stream.ended_at is not None and number == stream.next:
-                    self._bytes -= stream.free_acked()  # all of it was received: nobody can want it again
+            stream = self._kept.streams.get(StreamKey(request_id, attempt))
+            if stream is not None and stream.gateway == gateway:
+                self._kept.acknowledge(stream, number)
+        for key in control.takes:  # before the cancels: one may end what it has just taken
+            self._hand_over(key, gateway)
+        for key in control.releases:
+            self._release(key, gateway)
         for key in control.cancels:
-            self._cancel(key)
-            self._outgoing(control.gateway).answers.append(Answer(*key, "unknown"))
+            self._cancel_for(gateway, key)
         for request_id, attempt, number in control.asks:
-            self._replay(StreamKey(request_id, attempt), control.gateway, number)
+            self._replay(StreamKey(request_id, attempt), gateway, number)
+        for request_id in control.finds:
+            self._outgoing(gateway).findings.append(self._find(request_id))
+        if control.ping:
+            self._outgoing(gateway)  # a batch that says nothing says that we live
+        if control.declined:  # before the backlog, which is what waits without them
+            self._call(self._on_declined, gateway, control.declined)
+        if control.backlogs is not None:
+            self._call(self._on_backlog, gateway, control.backlogs)
 
     def _replay(self, key: StreamKey, gateway: str, number: int) -> None:
-        stream = self._streams.get(key)
-        frames = stream.since(number) if stream is not None and stream.gateway == gateway else None
+        stream = self._kept.streams.get(key)
+        if stream is not None and stream.gateway != gateway:
+            self._answer_taken(key, gateway)
+            return
+        frames = stream.since(number) if stream is not None else None
         if frames is None:
-            self._outgoing(gateway).answers.append(Answer(*key, "unknown"))
+            self._answer_unknown(key, gateway)
         elif not frames:
             self._outgoing(gateway).answers.append(Answer(*key, "alive"))
         else:
-            self.counters["replays"] += 1
-            self.counters["frames_replayed"] += len(frames)
-            self._outgoing(gateway).frames.extend(frames)
+            self._send_again(frames, gateway)
+
+    def _send_again(self, frames: list[bytes], gateway: str) -> None:
+        self.counters["replays"] += 1
+        self.counters["frames_replayed"] += len(frames)
+        self._outgoing(gateway).frames.extend(frames)
+
+    def _find(self, request_id: str) -> bytes:
+        stream = self._kept.latest(request_id)
+        if stream is None or not stream.whole or stream.finding is None:
+            return encode(Finding(request_id))
+        return stream.finding
+
+    def _hand_over(self, key: StreamKey, gateway: str) -> None:
+        """The stream speaks to this gateway from now on, and says all of it again."""
+        stream = self._kept.streams.get(key)
+        if stream is None or not stream.whole:
+            self._answer_unknown(key, gateway)
+            return
+        if stream.gateway != gateway:
+            self.counters["taken_over"] += 1
+            if stream.gateway:
+                self._answer_taken(key, stream.gateway)
+            stream.gateway = gateway
+        stream.acked = 0
+        stream.orphaned_at = None
+        if stream.frames:
+            self._send_again(stream.frames, gateway)
+        else:
+            self._outgoing(gateway).answers.append(Answer(*key, "alive"))
+
+    def _release(self, key: StreamKey, gateway: str) -> None:
+        """Its gateway does not read it any more: it waits for another."""
+        stream = self._kept.streams.get(key)
+        if stream is not None and stream.gateway == gateway:
+            stream.gateway = ""
+            self._orphan(stream, self._now())
+
+    def _cancel_for(self, gateway: str, key: StreamKey) -> None:
+        """Confirmed in any case; but a gateway can't end what another has taken over."""
+        stream = self._kept.streams.get(key)
+        if stream is None or stream.gateway == gateway:
+            self._cancel(key)
+        self._answer_unknown(key, gateway)
 
     def _cancel(self, key: StreamKey) -> None:
         """Nobody wants it: forget its frames, and have its work stopped if it goes on."""
         self._closed[key] = self._now()
-        self._drop_pending(key)
-        stream = self._streams.get(key)
+        self._parts.drop(key)
+        stream = self._kept.streams.get(key)
         if stream is None:
             return
-        self._forget(stream)
+        self._kept.forget(stream)
         if stream.ended_at is None:
             self.counters["cancelled"] += 1
-            self._call_on_cancel(key)
+            self._call(self._on_cancel, key)
 
-    def _call_on_cancel(self, key: StreamKey) -> None:
+    def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._on_cancel(key)
+            callback(*arguments)
         except Exception:
-            log.exception("cancelling %s failed", key.request_id)
-
-    def _drop_pending(self, key: StreamKey) -> None:
-        if key in self._parts:
-            self._drop_parts(key)
-
-    def _forget(self, stream: _Kept) -> None:
-        del self._streams[stream.key]
-        self._ended.pop(stream.key, None)
-        if self._latest.get(stream.key.request_id) == stream.key:
-            del self._latest[stream.key.request_id]
-        self._bytes -= stream.size
+            log.exception("replica %s could not take what it was told: %s", self.replica, arguments)
 
     def _decode(self, decode: Callable[[bytes], T], data: bytes) -> T | None:
-        """A message of our version, or None (counted, and answered where the sender can be told)."""
-        version, gateway = FRAME_VERSION, None
+        """A message that we can read, or None (counted, and answered where the sender can be told)."""
         try:
             value = decode(data)
-            if value.version == FRAME_VERSION:
+            if value.version >= OLDEST_VERSION:
                 return value
-            version, gateway = value.version, value.gateway
         except msgspec.MsgspecError:
-            version, gateway = peek(data)
-        if version is None or version == FRAME_VERSION:
+            pass
+        version, gateway = peek(data)
+        if version is None or is_ours(version):
             self.counters["garbage"] += 1
             return None
         self.counters["wrong_version"] += 1
         if self.counters["wrong_version"] == 1:
             log.error("gateway %s speaks frame version %s, this replica %s", gateway, version, FRAME_VERSION)
+        self._heard(gateway, version)
         self._outgoing(gateway)  # an empty batch bears our version: the gateway sees what is wrong
         return None
 
@@ -379,52 +387,65 @@ class StreamServer:
 
     def _tick(self, now: float) -> None:
         if not self._fabric.connected:
-            self._gateways = dict.fromkeys(self._gateways, now)  # their silence is the connection's
-        self._drop_orphans(now)
-        for stream in list(self._ended.values()):
-            assert stream.ended_at is not None
-            if now - stream.ended_at < self._keep_s:
-                break
-            self._forget(stream)
-        for key in [key for key, parts in self._parts.items() if now - parts.since > _PARTS_PATIENCE_S]:
-            self._drop_parts(key)
+            self._excuse_gateways(now)
+        for name in [name for name, known in self._gateways.items() if now - known.heard_at > GATEWAY_PATIENCE_S]:
+            self._lose_gateway(name, now)
+        for stream in self._kept.orphaned_before(now - ORPHAN_S):
+            self._cancel(stream.key)
+        for stream in self._kept.ended_before(now - self._keep_s):
+            self._kept.forget(stream)
+        self._parts.expire(now)
         for key in [key for key, since in self._closed.items() if now - since > self._keep_s]:
             del self._closed[key]
 
-    def _drop_orphans(self, now: float) -> None:
-        """Gateways that are silent for long are dead, and nobody waits for their streams."""
-        silent = [gateway for gateway, heard in self._gateways.items() if now - heard > GATEWAY_PATIENCE_S]
-        for gateway in silent:
-            del self._gateways[gateway]
-            orphans = [s for s in self._streams.values() if s.gateway == gateway and s.ended_at is None]
-            if orphans:
-                self.counters["gateways_lost"] += 1
-                self.counters["streams_orphaned"] += len(orphans)
-                log.warning("gateway %s is silent: cancelling its %d streams", gateway, len(orphans))
-            for stream in orphans:
-                self._cancel(stream.key)
+    def _heard(self, gateway: str, speaks: int) -> None:
+        known = self._gateways.get(gateway)
+        if known is None:
+            known = self._gateways[gateway] = _Gateway()
+            for stream in self._kept.of(gateway):  # it was silent, not dead
+                stream.orphaned_at = None
+        known.heard_at = self._now()
+        known.speaks = speaks
+
+    def _excuse_gateways(self, now: float) -> None:
+        """Their silence was the connection's."""
+        for known in self._gateways.values():
+            known.heard_at = now
+
+    def _lose_gateway(self, gateway: str, now: float) -> None:
+        """It is dead. Whoever asked there can ask again elsewhere for what can be found, and for nothing else."""
+        del self._gateways[gateway]
+        self._outbox.pop(gateway, None)
+        streams = self._kept.of(gateway)
+        orphans = [stream for stream in streams if stream.ended_at is None]
+        if orphans:
+            self.counters["gateways_lost"] += 1
+            self.counters["streams_orphaned"] += len(orphans)
+            goes_on = sum(stream.survives for stream in orphans)
+            log.warning("gateway %s is silent: %d of its %d streams go on", gateway, goes_on, len(orphans))
+        for stream in streams:
+            self._orphan(stream, now)
+        self._call(self._on_gateway_lost, gateway)
+
+    def _orphan(self, stream: Kept, now: float) -> None:
+        if stream.survives:
+            stream.orphaned_at = now
+        elif stream.ended_at is None:
+            self._cancel(stream.key)
 
     def _shrink(self) -> None:
-        """Back within the bound: first what was received, then what ended, then the oldest streams."""
-        for stream in self._streams.values():
-            if self._bytes <= self._max_bytes:
-                return
-            self._bytes -= stream.free_acked()
-        for stream in [*self._ended.values(), *self._streams.values()]:
-            if self._bytes <= self._max_bytes:
-                return
-            if stream.key in self._streams:
-                self.counters["evicted"] += 1
-                self._cancel(stream.key)
+        for stream in self._kept.shrink():
+            self.counters["evicted"] += 1
+            self._cancel(stream.key)
 
     async def _on_reconnect(self) -> None:
-        """What was sent in between may be lost: send again what is not acknowledged."""
-        now = self._now()
-        self._gateways = dict.fromkeys(self._gateways, now)
-        for stream in self._streams.values():
-            frames = stream.since(max(stream.acked, stream.first))
-            if frames:
-                self.counters["replays"] += 1
-                self.counters["frames_replayed"] += len(frames)
-                self._outgoing(stream.gateway).frames.extend(frames)
+        """What was sent in between may be lost: send again what is not acknowledged. Who has nothing of that hears
+        that we are back."""
+        self._excuse_gateways(self._now())
+        for stream in self._kept.streams.values():
+            if stream.orphaned_at is None:
+                self._outgoing(stream.gateway)
+                frames = stream.since(max(stream.acked, stream.first))
+                if frames:
+                    self._send_again(frames, stream.gateway)
         await self.flush()

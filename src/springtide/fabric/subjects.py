@@ -6,6 +6,7 @@ wildcard: `check_token` stands at each door.
     st.node.<node>.replica.<replica>.open      gateway -> replica: a request, in parts
     st.node.<node>.replica.<replica>.control   gateway -> replica: acknowledgements, replays, cancels, life-sign
     st.gateway.<gateway>.frames.<node>         replica -> gateway: frames
+    st.gateway.<gateway>.explain               gateway -> gateway: what do you know of a request?
     st.node.<node>.renew                       node -> join server: renew my credentials
     st.node.<node>.desired                     node -> controller: what should I run?
     st.join.<token>                            newcomer -> join server: make me a node
@@ -60,6 +61,10 @@ def control_subject(node: str, replica: str) -> str:
 
 def frames_subject(gateway: str, node: str) -> str:
     return f"st.gateway.{gateway}.frames.{node}"
+
+
+def explain_subject(gateway: str) -> str:
+    return f"st.gateway.{gateway}.explain"
 
 
 def renew_subject(node: str) -> str:

@@ -33,7 +33,7 @@ from springtide.fabric.tasks import end
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 2.0  # for the stream, before the spool takes over
+_PATIENCE_S = 1.5  # for the stream, before the spool takes over
 _TRY_S = 0.5
 _MAX_BATCH = 1000
 # Of packed records in one message: what any NATS server takes by default, less the headers. A record has no bound
@@ -140,8 +140,9 @@ class UsageWriter:
         self._drain_now.set()
 
     async def _sent(self, batch_id: str, data: bytes) -> bool:
-        """Whether the stream has it; false once our patience has ended, or at once where that can't help."""
-        deadline = asyncio.get_running_loop().time() + _PATIENCE_S
+        """Whether the stream has it; false once our patience has ended, or at once where that can't help. Where the
+        last batch went to the spool, one try will do: an election among the servers takes seconds."""
+        deadline = asyncio.get_running_loop().time() + (_TRY_S if self._down else _PATIENCE_S)
         while not self._down or self._fabric.connected:
             try:
                 await self._publish(batch_id, data)

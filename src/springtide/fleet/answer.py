@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from springtide.core.engine_api import SequenceOutput, SequenceRequest, TokenScore
+from springtide.core.errors import InvalidRequest
 from springtide.core.request import (
     ChoiceOutput,
     Delta,
     FinishReason,
+    PriorityClass,
     Request,
     TokenCounts,
     TokenLogprob,
@@ -23,6 +25,7 @@ from springtide.fleet.prompts import Prompt
 from springtide.text.output import OutputText
 from springtide.text.tokenizer import TokenizerLike
 
+_PRIORITIES: dict[PriorityClass, int] = {"interactive": 1, "standard": 0, "batch": -1}
 _ECHO_PART = 128 * 1024  # characters of a prompt in one delta, so that it fits into a message
 
 
@@ -42,24 +45,29 @@ class Choice:
         self.number = sequence.choice
         self.num_tokens = 0
         self.cached_tokens = 0
-        self.finished = False
+        self.ended_before = self.finished = prior.finish_reason is not None
         sampling = sequence.sampling
         self._tokenizer = tokenizer
         self._ending = frozenset(() if sampling.ignore_eos else sequence.stop_ids).union(sampling.stop_token_ids)
         self._offset = len(prior.text.encode())
-        self._echo = "" if prior.text else echo
+        self._echo = echo[len(prior.text) :]
+        if not echo.startswith(prior.text[: len(echo)]):
+            raise InvalidRequest("the text to go on after is not the prompt that was to be repeated")
         self._text = OutputText(
             tokenizer,
             stop=sampling.stop,
             min_tokens=sampling.min_tokens,
-            prior_ids=list(prior.token_ids),
-            prior_text=prior.text.removeprefix(echo),
+            prior_ids=() if self.finished else prior.token_ids,
+            prior_text="" if self.finished else prior.text[len(echo) :],
+            prior_stop_ids=self._ending,
             continues=continues,
         )
 
     def begin(self) -> list[Delta]:
-        """What stands before the first token: the prompt, if it is to be repeated; and the end of a choice that
-        another replica had finished, but could not say so any more."""
+        """What stands before the next token: the prompt, as far as it is still to be repeated; and the end of a choice
+        that another replica had finished, but could not say so any more."""
+        if self.finished:
+            return []
         echo = self._echo
         deltas = [self._delta(echo[at : at + _ECHO_PART], []) for at in range(0, len(echo), _ECHO_PART)]
         if reason := self._finished_before():
@@ -130,7 +138,8 @@ class Answer:
     told: bool = False
 
     def begin(self, prompts: list[Prompt], tokenizer: TokenizerLike) -> None:
-        """Make the choices: `n` for each prompt.
+        """Make the choices: `n` for each prompt. Each goes on after what was sent of it before; those that had ended
+        have nothing more to say.
 
         Raises:
             InvalidRequest: what it resumes from does not fit together.
@@ -150,7 +159,8 @@ class Answer:
                 choice=number,
                 output=list(before.token_ids),
                 stop_ids=tokenizer.stop_ids,
-                priority=request.priority,
+                priority=request.priority or _PRIORITIES[request.priority_class],
+                cache_salt=request.cache_salt,
             )
             continues = request.prompts is not None  # an answer begins a text of its own
             choice = Choice(sequence, tokenizer, before, echo=prompt.echo, continues=continues)
@@ -165,11 +175,14 @@ class Answer:
     @property
     def counts(self) -> TokenCounts:
         """A prompt counts once, and so does what was found of it in the cache."""
-        n = self.request.sampling.n
+        cached: dict[int, int] = {}  # of each prompt, as its first choice found it: the others find what that one left
+        for choice in self.choices:
+            if not choice.ended_before:
+                cached.setdefault(choice.number // self.request.sampling.n, choice.cached_tokens)
         return TokenCounts(
             prompt=self.num_prompt_tokens,
             completion=sum(choice.num_tokens for choice in self.choices),
-            cached=sum(choice.cached_tokens for choice in self.choices[::n]),
+            cached=sum(cached.values()),
         )
 
     def take_deltas(self) -> list[Delta]:

@@ -59,6 +59,9 @@ class EngineLoop:
         self._unread = threading.Semaphore(_MAX_UNREAD_REPORTS)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._phase = 0  # a new number for each step and each pause between two; odd ones are steps
+        self._seen_phase = 0
+        self._seen_at = 0.0
         # Of the thread alone:
         self._ids: set[str] = set()
         self._failed_steps = 0
@@ -76,6 +79,14 @@ class EngineLoop:
     def cancel(self, sequence_id: str) -> None:
         """Take a sequence out before the next step. Outputs of steps already run may still be reported."""
         self._commands.put(sequence_id)
+
+    def step_age(self, now: float) -> float:
+        """Seconds that the present step has taken, as far as somebody can tell who asks now and then; 0 between two.
+        `now` is in seconds of any clock that only goes forward."""
+        phase = self._phase
+        if phase != self._seen_phase:
+            self._seen_phase, self._seen_at = phase, now
+        return now - self._seen_at if phase % 2 else 0.0
 
     async def close(self) -> None:
         """End the thread after the step that runs now, and close the engine."""
@@ -128,7 +139,11 @@ class EngineLoop:
         """One step, if there is something to do; if it raises, all sequences end with that error."""
         try:
             if self._engine.has_work():
-                report.outputs = self._engine.step()
+                self._phase += 1
+                try:
+                    report.outputs = self._engine.step()
+                finally:
+                    self._phase += 1
                 self._failed_steps = 0
         except Exception as error:
             self._failed_steps += 1

@@ -1,6 +1,6 @@
-"""An engine without a model. Batches, blocks and preemptions are those of the real scheduler; tokens are a hash
-chain, step times a law. For tests and load: whoever holds a prompt and its answer can tell whether a token was
-lost, doubled, or belongs to another request (`verify_chain`).
+"""An engine without a model. Batches, blocks, preemptions and what is found cached are those of the real scheduler;
+tokens are a hash chain, step times a law. For tests and load: whoever holds a prompt and its answer can tell whether a
+token was lost, doubled, or belongs to another request (`verify_chain`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -19,6 +19,7 @@ from springtide.core.engine_api import EngineInfo, EngineLoad, SequenceOutput, S
 from springtide.core.errors import ContextTooLong, InvalidRequest, SetupError
 from springtide.core.request import FinishReason
 from springtide.fleet.mock_text import END_ID, FIRST_WORD_ID, NUM_WORDS, MockTokenizer
+from springtide.policy.prefix import extend_hashes
 from springtide.policy.scheduler import Scheduled, Scheduler
 
 BLOCK_SIZE = 16
@@ -127,9 +128,30 @@ def verify_chain(token_ids: Sequence[int], prompt: Sequence[int], seed: int | No
 class _Sequence:
     request: SequenceRequest
     chain: Chain
-    num_output: int  # tokens so far, those from before a resume included
+    tokens: list[int]  # prompt and output so far, that from before a resume included
     max_output: int
-    ending: frozenset[int] = field(default_factory=frozenset)
+    ending: frozenset[int]
+    block_hashes: list[bytes] | None = None  # of its full blocks; None: not cached
+    cached_tokens: int | None = None  # of its prompt, when it first ran
+
+    def __post_init__(self) -> None:
+        if self.request.cache_salt is not None:
+            self.block_hashes = []
+            self._hash_full_blocks()
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def take(self, token: int) -> None:
+        """Go on after `token`."""
+        self.chain.take(token)
+        self.tokens.append(token)
+        self._hash_full_blocks()
+
+    def _hash_full_blocks(self) -> None:
+        if self.block_hashes is not None:
+            extend_hashes(self.block_hashes, self.request.cache_salt or "", self.tokens, BLOCK_SIZE)
 
 
 class MockEngine:
@@ -174,20 +196,22 @@ class MockEngine:
             raise ContextTooLong(
                 f"prompt has {len(prompt)} tokens, max_tokens {max_output}, context is {self.info.context_length}"
             )
-        self._scheduler.add(
-            sequence.id,
-            num_tokens=len(prompt) + len(sequence.output),
-            max_num_tokens=len(prompt) + max_output,
-            priority=sequence.priority,
-        )
         ends = () if sampling.ignore_eos else sequence.stop_ids
-        self._sequences[sequence.id] = _Sequence(
+        added = _Sequence(
             sequence,
             Chain(prompt, sampling.seed, sequence.choice, sequence.output),
-            len(sequence.output),
+            [*prompt, *sequence.output],
             max_output,
             frozenset(ends).union(sampling.stop_token_ids),
         )
+        self._scheduler.add(
+            sequence.id,
+            num_tokens=len(added.tokens),
+            max_num_tokens=len(prompt) + max_output,
+            priority=sequence.priority,
+            block_hashes=added.block_hashes,
+        )
+        self._sequences[sequence.id] = added
 
     def cancel(self, sequence_id: str) -> None:
         """See `Engine.cancel`."""
@@ -204,6 +228,10 @@ class MockEngine:
         seconds = self.config.step_time(batch.items)
         if seconds > 0:
             self._sleep(seconds)
+        for item in batch.items:
+            sequence = self._sequences[item.id]
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = min(item.start, len(sequence.request.prompt))
         outputs = [self._extend(self._sequences[item.id]) for item in batch.items if item.samples]
         finished = [output.id for output in outputs if output.finish_reason]
         self._scheduler.update(batch, {output.id: len(output.token_ids) for output in outputs}, finished)
@@ -222,13 +250,14 @@ class MockEngine:
         """The next tokens of one sequence."""
         sampling = sequence.request.sampling
         output = SequenceOutput(id=sequence.request.id, token_ids=[])
+        if sequence.num_output == len(sequence.request.output):  # its first
+            output.cached_tokens = sequence.cached_tokens or 0
         scores: list[TokenScore] = []
         while len(output.token_ids) < self.config.tokens_per_step and output.finish_reason is None:
             token = self._next_token(sequence)
             if sampling.logprobs is not None:
                 scores.append(sequence.chain.score(token, sampling.logprobs))
-            sequence.chain.take(token)
-            sequence.num_output += 1
+            sequence.take(token)
             output.token_ids.append(token)
             output.finish_reason = _finish_reason(sequence, token)
         output.scores = scores if sampling.logprobs is not None else None

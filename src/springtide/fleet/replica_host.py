@@ -16,17 +16,22 @@ from typing import Any
 from springtide.core.engine_api import Engine, EngineLoad, SequenceOutput
 from springtide.core.errors import InvalidRequest, Overloaded, ReplicaLost, RequestError
 from springtide.core.request import End, Outcome, Request
+from springtide.fabric.awake import AwakeClock
 from springtide.fabric.connection import Fabric
-from springtide.fabric.streams import StreamKey, StreamServer
+from springtide.fabric.streams import FRAME_VERSION, Backlog, Flow, StreamKey, StreamServer, Turn
 from springtide.fleet.announcer import Announcer
 from springtide.fleet.answer import Answer, Choice
 from springtide.fleet.engine_loop import EngineLoop, StepReport
 from springtide.fleet.prompts import Prompt, prepare, size
+from springtide.policy.fairness import TurnKeeper, cost
+from springtide.policy.routing import NO_ROOM
 from springtide.text.tokenizer import TokenizerLike
 
 logger = logging.getLogger(__name__)
 
-_MAX_WAITING_PER_SEAT = 8  # sequences that may wait, for each that may run; then others should have them
+STEP_TIMEOUT = 30.0  # seconds
+_MAX_CHOICES_PER_SEAT = 9  # of one request: beyond one it comes to an empty replica, and part of it waits inside
+_LOOK_S = 0.25  # how often is looked at what changes by itself: the age of a step, of turns, what was served
 _ACCEPT_WITHIN_S = 0.2  # a gateway that hears nothing for a second sends the opening again
 _MAX_INLINE_BYTES = 2048  # shorter texts are not worth the way to another thread and back
 _SLOW_INLINE_S = 0.05  # a template that once took longer is never again rendered in the event loop
@@ -36,10 +41,18 @@ class ReplicaHost:
     """Serves one engine under the name that `announcer` announces.
 
     `died` is set, and every open request has ended, when the engine's thread is no more; the process should end,
-    with `epitaph` for a reason.
+    with `epitaph` for a reason. That is so as well when a step takes longer than `step_timeout` seconds (0: it may).
     """
 
-    def __init__(self, fabric: Fabric, announcer: Announcer, engine: Engine, tokenizer: TokenizerLike) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        announcer: Announcer,
+        engine: Engine,
+        tokenizer: TokenizerLike,
+        *,
+        step_timeout: float = STEP_TIMEOUT,
+    ) -> None:
         replica = announcer.replica
         self.died = asyncio.Event()
         self.epitaph = ""
@@ -47,11 +60,24 @@ class ReplicaHost:
         self._info = engine.info
         self._tokenizer = tokenizer
         self._engine = EngineLoop(engine, on_report=self._on_report, on_death=self._on_death)
-        self._server = StreamServer(fabric, replica.node, replica.id, on_open=self._on_open, on_cancel=self._on_cancel)
+        self._server = StreamServer(
+            fabric,
+            replica.node,
+            replica.id,
+            on_open=self._on_open,
+            on_cancel=self._on_cancel,
+            on_backlog=self._on_backlog,
+            on_declined=self._on_declined,
+            on_gateway_lost=self._on_gateway_lost,
+        )
+        self._keeper = TurnKeeper(self._info.max_num_seqs)
+        self._load = EngineLoad()  # after the last step
+        self._granting = False  # soon
+        self._step_timeout = step_timeout
+        self._awake = AwakeClock(_LOOK_S)
         self._answers: dict[StreamKey, Answer] = {}
         self._by_sequence: dict[str, tuple[Answer, Choice]] = {}
-        self._num_open = 0  # choices of all open answers
-        self._max_open = self._info.max_num_seqs * (1 + _MAX_WAITING_PER_SEAT)
+        self._max_choices = self._info.max_num_seqs * _MAX_CHOICES_PER_SEAT
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._inline = True
         self._refusal: str | None = None  # why nothing new is taken
@@ -64,6 +90,7 @@ class ReplicaHost:
         """Take requests, and say so."""
         self._engine.start()
         self._spawn(self._flush())
+        self._spawn(self._look())
         await self._server.start()
         info = self._info
         self._announcer.update(
@@ -71,6 +98,7 @@ class ReplicaHost:
             context_length=info.context_length,
             max_num_seqs=info.max_num_seqs,
             numerics=info.numerics,
+            frame_version=FRAME_VERSION,
             load=EngineLoad(blocks_free=info.num_blocks, blocks_total=info.num_blocks),
         )
 
@@ -98,35 +126,38 @@ class ReplicaHost:
 
     # -- opening -------------------------------------------------------------------------------------------
 
-    def _on_open(self, key: StreamKey, request: Request) -> None:
+    def _on_open(self, key: StreamKey, request: Request, gateway: str, turn: int | None) -> None:
         answer = Answer(key, request)
         self._answers[key] = answer
-        self._num_open += request.num_choices
         self._idle.clear()
         try:
-            self._admit(request)
+            self._admit(key, request, turn)
         except RequestError as error:
             self._end(answer, "failed", error)
         else:
             self._spawn(self._open(answer))
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, key: StreamKey, request: Request, turn: int | None) -> None:
         """
         Raises:
-            Overloaded: not here, or not now.
+            Overloaded: not here; or not now, since others are before it (NO_ROOM).
             InvalidRequest: nowhere and never.
         """
         if self._refusal is not None:
             raise Overloaded(self._refusal)
-        if request.num_choices > self._max_open:
-            raise InvalidRequest(f"{request.num_choices} choices at once; at most {self._max_open} fit", param="n")
-        if self._num_open > self._max_open:
-            raise Overloaded(f"{self._num_open} sequences run or wait here; {self._max_open} is the most")
+        choices = request.num_choices
+        if choices > self._max_choices:
+            raise InvalidRequest(f"{choices} choices at once; at most {self._max_choices} fit", param="n")
+        flow = Flow(request.tenant, request.priority_class)
+        stays = self._keeper.arrived(key, flow, request.weight, choices, self._now(), turn)
+        self._grant_soon()
+        if not stays:
+            raise Overloaded("others are before it", code=NO_ROOM)
 
     async def _open(self, answer: Answer) -> None:
         """Tokenise, accept, and hand over to the engine; or refuse."""
         try:
-            answer.begin(await self._prepare(answer.request), self._tokenizer)
+            await self._make_choices(answer, await self._prepare(answer.request))
             if answer.key in self._answers:  # not cancelled while it was tokenised
                 self._begin(answer)
         except RequestError as error:
@@ -143,6 +174,13 @@ class ReplicaHost:
             return prepare(request, self._tokenizer, self._info)
         finally:
             self._inline = loop.time() - started < _SLOW_INLINE_S
+
+    async def _make_choices(self, answer: Answer, prompts: list[Prompt]) -> None:
+        if not answer.request.outputs:
+            answer.begin(prompts, self._tokenizer)
+            return
+        # All that was said before is read once more: with a long answer that takes time.
+        await asyncio.get_running_loop().run_in_executor(self._tokenizing, answer.begin, prompts, self._tokenizer)
 
     def _begin(self, answer: Answer) -> None:
         """Accept: frame 0, then what stands before the first token, then the engine's."""
@@ -167,7 +205,9 @@ class ReplicaHost:
                 touched[answer.key] = answer
         for answer in touched.values():
             self._send(answer)
+        self._load = report.load
         self._announce_load(report.load)
+        self._grant_soon()
 
     def _take(self, output: SequenceOutput) -> Answer | None:
         """Add what a step gave one sequence; the answer that has something to send, if one has."""
@@ -240,9 +280,57 @@ class ReplicaHost:
             end = End(outcome, answer.counts, error.to_wire() if error else None)
             self._server.emit(answer.key, answer.take_deltas(), end)
             self._unsent.set()
-        self._num_open -= answer.request.num_choices
+        self._keeper.left(answer.key, cost(answer.counts))
+        self._grant_soon()
         if not self._answers:
             self._idle.set()
+
+    # -- turns ---------------------------------------------------------------------------------------------
+
+    def _on_backlog(self, gateway: str, backlogs: list[Backlog]) -> None:
+        self._keeper.backlog(gateway, backlogs, self._now())
+        self._grant_soon()
+
+    def _on_declined(self, gateway: str, serials: list[int]) -> None:
+        for serial in serials:
+            self._keeper.declined(gateway, serial, self._now())
+        self._grant_soon()
+
+    def _on_gateway_lost(self, gateway: str) -> None:
+        self._keeper.gateway_lost(gateway)
+        self._grant_soon()
+
+    def _grant_soon(self) -> None:
+        """After all that came in at once, and not while a step's tokens wait to be sent."""
+        if not self._granting:
+            self._granting = True
+            asyncio.get_running_loop().call_soon(self._grant)
+
+    def _grant(self) -> None:
+        self._granting = False
+        open_to_all = self._refusal is None
+        if open_to_all:
+            for gateway, turn in self._keeper.grants(self._load.running, self._load.waiting, self._now()):
+                self._server.grant(gateway, [Turn(*turn)])
+                self._unsent.set()
+        by_turn = open_to_all and self._keeper.by_turn
+        if by_turn != self._announcer.replica.by_turn:
+            self._announcer.update(by_turn=by_turn)
+
+    async def _look(self) -> None:
+        """What changes though nothing comes in."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for answer in self._answers.values():
+                self._keeper.served(answer.key, cost(answer.counts))
+            if self._keeper.by_turn:
+                self._grant_soon()  # turns that nobody took
+            age = self._engine.step_age(self._awake())
+            if 0 < self._step_timeout < age and not self.died.is_set():
+                self._on_death(TimeoutError(f"a step takes longer than {self._step_timeout:g} s"))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     # -- sending -------------------------------------------------------------------------------------------
 

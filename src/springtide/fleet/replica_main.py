@@ -68,7 +68,8 @@ async def run_replica(
         if not await _first(loading, stop):
             return
         engine, tokenizer = loading.result()
-        await _serve(ReplicaHost(fabric, announcer, engine, tokenizer), progress, stop, at_once, grace)
+        host = ReplicaHost(fabric, announcer, engine, tokenizer, step_timeout=settings.step_timeout)
+        await _serve(host, progress, stop, at_once, grace)
     finally:
         await announcer.stop()
         await fabric.close()

@@ -32,6 +32,10 @@ JSON, an unknown field is an error, and errors are OpenAI's error object.
            the second: before= (the `next` of the page before)
     GET    /usage/REQUEST_ID      Usage
 
+    GET    /requests/ID/explain   {"request_id","events": [{"at","gateway","what","why","attempt","node","replica"}],
+                                   "left_out","silent_gateways","usage"}: what happened to a request of the last hour,
+                                  asked of every gateway; no content of it
+
 Times that come out are ISO 8601 in UTC, in a Usage unix seconds. Only loopback names are taken as Host: a web
 page whose name was pointed at 127.0.0.1 gets nothing.
 """
@@ -51,8 +55,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from springtide.core.cluster import Deployment, Device, KeyRecord, PrivacyClass, Replica
-from springtide.core.engine_api import EngineLoad
+from springtide.core.cluster import Deployment, KeyRecord, Replica
 from springtide.core.errors import InvalidRequest, Overloaded, RequestError, SetupError, Unauthorized
 from springtide.core.ids import new_id
 from springtide.core.request import Usage
@@ -62,11 +65,26 @@ from springtide.fabric.connection import Fabric
 from springtide.fabric.desired import NodeIntent, Registry
 from springtide.fabric.presence import PresenceView
 from springtide.fabric.server import reach_beyond
+from springtide.gateway.admin_types import (
+    Call,
+    DrainRequest,
+    Explanation,
+    GatewayStatus,
+    KeyRequest,
+    NewDeployment,
+    NodeStatus,
+    ReplicaStatus,
+    Status,
+    TenantRequest,
+    TokenRequest,
+    explanation,
+)
+from springtide.gateway.explain import Explainer
 from springtide.gateway.http import ByteBudget, ClientGone, Cors, Exchange, Receive, Scope, Send
-from springtide.ledger.keys import DEFAULT_TENANT, ApiKey, NotFound, check_name
+from springtide.ledger.keys import ApiKey, NotFound, check_name
 from springtide.ledger.private_file import read_or_create
 from springtide.ledger.store import Ledger
-from springtide.ledger.usage import DIMENSIONS, UsageFilter, UsageSummary
+from springtide.ledger.usage import DIMENSIONS, UsageSummary
 
 log = logging.getLogger(__name__)
 
@@ -97,106 +115,6 @@ class Misdirected(InvalidRequest):
     code = "misdirected_request"
 
 
-class GatewayStatus(msgspec.Struct, frozen=True):
-    id: str
-    url: str
-    region: str
-
-
-class NodeStatus(msgspec.Struct, frozen=True):
-    id: str
-    region: str
-    site: str
-    devices: list[Device]
-    state: str
-    rtt_ms: float | None
-
-
-class ReplicaStatus(msgspec.Struct, frozen=True):
-    id: str
-    model: str
-    node: str
-    engine: str
-    state: str
-    load: EngineLoad
-
-
-class Status(msgspec.Struct, frozen=True):
-    """What runs, and what should."""
-
-    gateways: list[GatewayStatus]
-    nodes: list[NodeStatus]
-    replicas: list[ReplicaStatus]
-    deployments: list[Deployment]
-
-
-class NewDeployment(Deployment, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Deployment as an operator writes it: a misspelt field is an error, not a default."""
-
-
-class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    drain: bool = True
-
-
-class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    ttl_s: float = 3600.0
-
-
-class TenantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    weight: float | None = None
-    privacy: PrivacyClass | None = None
-
-
-class KeyRequest(TenantRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str = ""
-    tenant: str = DEFAULT_TENANT
-
-
-class Call(msgspec.Struct, frozen=True):
-    """A request that was let in: what its path names (an id, a name), its query, its body."""
-
-    named: str
-    query: dict[str, str]
-    body: bytes
-
-    def read(self, type: type[T]) -> T:
-        """The body as `type`; an empty one is `{}`. Raises InvalidRequest."""
-        try:
-            return msgspec.json.decode(self.body or b"{}", type=type)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(f"the body is not right: {error}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"the body is not JSON: {error}") from None
-
-    def limit(self, default: int) -> int:
-        """Raises InvalidRequest. The ledger knows the bounds."""
-        text = self.query.get("limit", str(default))
-        if not (text.isascii() and text.isdigit() and len(text) < 10):
-            raise InvalidRequest(f"limit is {text[:40]!r}; it takes a number", param="limit")
-        return int(text)
-
-    def moment(self, name: str) -> datetime | None:
-        """A time in the query, unix seconds or ISO 8601 (without a zone: UTC). Raises InvalidRequest."""
-        text = self.query.get(name)
-        if text is None:
-            return None
-        try:
-            return datetime.fromtimestamp(float(text), UTC)
-        except (ValueError, OverflowError, OSError):
-            pass
-        try:
-            moment = datetime.fromisoformat(text)
-            return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-        except (ValueError, OverflowError):
-            message = f"{name} is {text[:40]!r}; it takes unix seconds, or ISO 8601 such as 2026-03-01T12:00:00Z"
-            raise InvalidRequest(message, param=name) from None
-
-    def filter(self) -> UsageFilter:
-        """Raises InvalidRequest."""
-        names = {name: self.query.get(name) for name in ("tenant", "key", "model")}
-        return UsageFilter(since=self.moment("since"), until=self.moment("until"), **names)
-
-
 Handler = Callable[[Call], Awaitable[Any]]
 
 
@@ -216,6 +134,8 @@ class AdminApi:
         fabric: Fabric,
         fabric_urls: list[str],
         token: str,
+        *,
+        explainer: Explainer,
     ) -> None:
         self._maybe_ledger = ledger
         self._presence = presence
@@ -225,6 +145,7 @@ class AdminApi:
         self._keys = Registry(fabric, subjects.KEYS, KeyRecord)
         self._fabric_urls = fabric_urls
         self._token = token.encode()
+        self._explainer = explainer
         self._bodies = ByteBudget(16 * MAX_BODY)
         # By the parts of the path, then by method. "*" is what the path names; at the end, all the rest of it.
         self._routes: dict[tuple[str, ...], dict[str, Handler]] = {
@@ -241,6 +162,7 @@ class AdminApi:
             ("keys", "*"): {"DELETE": self._revoke_key},
             ("usage",): {"GET": self._get_usage},
             ("usage", "*"): {"GET": self._get_one_usage},
+            ("requests", "*", "explain"): {"GET": self._explain},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -425,6 +347,20 @@ class AdminApi:
 
     async def _get_one_usage(self, call: Call) -> Usage:
         return await self._ledger.usage(call.named)
+
+    # What happened.
+
+    async def _explain(self, call: Call) -> Explanation:
+        stories, silent = await self._explainer.ask_all(call.named)
+        try:
+            usage = await self._ledger.usage(call.named)
+        except NotFound:
+            usage = None
+        if not stories and usage is None:
+            raise NotFound(
+                f"nothing is known of a request {call.named[:200]!r}", hint="what happened is kept for an hour"
+            )
+        return explanation(call.named, stories, silent, usage)
 
 
 async def _soon(answer: Awaitable[T]) -> T:

@@ -10,11 +10,12 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from springtide.core.errors import BodyTooLarge, InvalidRequest, Overloaded, RequestError
+from springtide.core.request import PriorityClass
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -272,6 +273,20 @@ def read_timeout_header(value: str | None) -> float | None:
     if not 0 < seconds < math.inf:
         raise InvalidRequest(f"x-springtide-timeout is {value[:40]!r}; it takes seconds above 0")
     return seconds
+
+
+def read_priority_header(value: str | None) -> PriorityClass:
+    """How urgent the client says it is, from the header `x-springtide-priority`.
+
+    Raises:
+        InvalidRequest: there is no such class.
+    """
+    name = "standard" if value is None else value.strip().lower()
+    for known in get_args(PriorityClass):
+        if name == known:
+            chosen: PriorityClass = known
+            return chosen
+    raise InvalidRequest(f"x-springtide-priority is {name[:40]!r}; it takes {', '.join(get_args(PriorityClass))}")
 
 
 def _too_large(limit: int) -> BodyTooLarge:

@@ -14,7 +14,7 @@ import msgspec
 
 from springtide.core import wire
 from springtide.core.errors import InvalidRequest
-from springtide.core.request import MAX_CHOICES, Message, Request, SamplingParams
+from springtide.core.request import MAX_CHOICES, Message, PriorityClass, Request, SamplingParams
 from springtide.gateway.fields import check_fields
 
 Dialect = Literal["chat", "completions"]
@@ -22,6 +22,7 @@ Dialect = Literal["chat", "completions"]
 # Templates of open models know these; `developer` is what newer clients call `system`.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for the older endpoint
+_CACHE_SCOPES = ("tenant", "shared", "none")
 _WHERE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -65,6 +66,7 @@ class _Body(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     cache_salt: str | None = None
+    cache_scope: str | None = None
 
 
 class ChatBody(_Body, kw_only=True):
@@ -89,12 +91,16 @@ _SAME = tuple(
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """What the gateway itself adds to a body. Times in unix seconds."""
+    """What the gateway itself adds to a body. Times in unix seconds. `seed` is for a client that names none; None:
+    one is drawn."""
 
     id: str
     tenant: str
     created: float
     deadline: float | None = None
+    seed: int | None = None
+    weight: float = 1.0
+    priority_class: PriorityClass = "standard"
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +124,7 @@ def parse_chat(data: bytes, admission: Admission) -> Call:
         raise InvalidRequest("messages is empty; a chat needs at least one message", param="messages")
     messages = tuple(_message(message, f"messages[{i}]") for i, message in enumerate(body.messages))
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    sampling = _sampling(body, max_tokens, _chat_logprobs(body))
+    sampling = _sampling(body, max_tokens, _chat_logprobs(body), admission.seed)
     return _call("chat", body, admission, sampling, ignored, messages=messages)
 
 
@@ -129,22 +135,23 @@ def parse_completion(data: bytes, admission: Admission) -> Call:
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo together with logprobs is not supported", param="echo", code="unsupported_parameter")
     max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = _sampling(body, max_tokens, body.logprobs)
+    sampling = _sampling(body, max_tokens, body.logprobs, admission.seed)
     return _call("completions", body, admission, sampling, ignored, prompts=prompts, echo=bool(body.echo))
 
 
 def _call(
     dialect: Dialect, body: _Body, admission: Admission, sampling: SamplingParams, ignored: list[str], **content: Any
 ) -> Call:
-    salt = f"{admission.tenant}/{body.cache_salt}" if body.cache_salt else admission.tenant
     request = Request(
         id=admission.id,
         model=body.model,
         tenant=admission.tenant,
         sampling=sampling,
+        weight=admission.weight,
+        priority_class=admission.priority_class,
         created=admission.created,
         deadline=admission.deadline,
-        cache_salt=salt,
+        cache_salt=_cache_salt(body, admission.tenant),
         **content,
     )
     if request.num_choices > MAX_CHOICES:
@@ -165,10 +172,30 @@ def _call(
     )
 
 
-def _sampling(body: _Body, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _cache_salt(body: _Body, tenant: str) -> str | None:
+    """With whom the request shares what is cached of its prompt: by default with its own tenant alone, of whom a
+    salt of the client's takes a part; on request with all who ask for it too (""), or with nobody (None)."""
+    scope, salt = body.cache_scope or "tenant", body.cache_salt
+    if scope not in _CACHE_SCOPES:
+        raise InvalidRequest(
+            f"cache_scope is {scope[:40]!r}; known ones are {', '.join(_CACHE_SCOPES)}", param="cache_scope"
+        )
+    if scope == "tenant":
+        return f"{tenant}/{salt}" if salt else tenant
+    if salt:
+        raise InvalidRequest(
+            f"cache_salt divides a tenant's own cache; with cache_scope {scope} it would say nothing",
+            param="cache_salt",
+            hint="leave one of them out",
+        )
+    return "" if scope == "shared" else None
+
+
+def _sampling(body: _Body, max_tokens: int | None, logprobs: int | None, seed: int | None) -> SamplingParams:
     given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     given.update(max_tokens=max_tokens, logprobs=logprobs)
-    given["seed"] = random.getrandbits(63) if body.seed is None else body.seed
+    ours = random.getrandbits(63) if seed is None else seed
+    given["seed"] = ours if body.seed is None else body.seed
     if body.top_k is not None:
         given["top_k"] = 0 if body.top_k == -1 else body.top_k  # -1 is off, as elsewhere
     if body.stop is not None:

@@ -42,14 +42,7 @@ class StreamWriter:
 
     def __init__(self, call: Call, numerics: str) -> None:
         shape = self._shape = _SHAPES[call.dialect]
-        head = {
-            "id": call.request.id,
-            "object": shape.object,
-            "created": int(call.request.created),
-            "model": call.request.model,
-            "system_fingerprint": fingerprint(numerics),
-        }
-        self._head = b"data: " + encode(head)[:-1]
+        self._call = call
         end = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
         self._unfinished = b',"finish_reason":null' + end
         self._tail = shape.close + b',"logprobs":null' + self._unfinished
@@ -61,6 +54,21 @@ class StreamWriter:
         self._logprobs = LogprobsWriter(call.dialect)
         self._heads: dict[int, bytes] = {}  # for each choice that has begun: all that stands before its text
         self.chunks = 0
+        self.speak_as(numerics)
+
+    def speak_as(self, numerics: str) -> None:
+        """From now on the text is of this numerics class; "": of several, or nobody knows."""
+        self.numerics = numerics
+        request = self._call.request
+        head = {
+            "id": request.id,
+            "object": self._shape.object,
+            "created": int(request.created),
+            "model": request.model,
+            "system_fingerprint": fingerprint(numerics),
+        }
+        self._head = b"data: " + encode(head)[:-1]
+        self._heads = {choice: self._choice_head(choice) + self._shape.open for choice in self._heads}
 
     def write(self, frames: list[Frame]) -> bytes:
         """All chunks of these frames, joined; empty if they say nothing to a client yet."""

@@ -133,9 +133,10 @@ async def _written(connection: AsyncConnection, request_ids: Sequence[str]) -> d
 
 
 def _essence(record: Usage) -> tuple[Any, ...]:
-    """What two records of one request must agree on (times lose their last digits in a database)."""
+    """What two records of one request must agree on (times lose their last digits in a database). Neither on
+    gateway nor key: a client that lost its connection may have the same answer from another one, with another key."""
     counts = (record.prompt_tokens, record.completion_tokens, record.cached_tokens)
-    return (record.tenant, record.key_id, record.model, record.gateway, record.outcome, *counts)
+    return (record.tenant, record.model, record.outcome, *counts)
 
 
 async def _refuse(connection: AsyncConnection, record: Usage, reason: str) -> None:

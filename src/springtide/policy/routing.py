@@ -1,19 +1,19 @@
 """Which replica takes a request. Knows loads, regions and recent failures as plain data; nothing of sockets
 or clocks, and draws no lots: the caller hands it its randomness.
 
-A replica may hold more than it runs at once, so that a step never waits for the network; beyond that the
-request is better off waiting at the gateway, where it can still go elsewhere.
+A request goes straight to a replica that has a seat for it. Where none has, it waits at its gateway, from where it can
+still go anywhere, and the replica that is the first to have room calls it (`fairness`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from springtide.core.cluster import Replica
 
-QUEUE_FACTOR = 2.0  # sequences at a replica (running and waiting) per sequence that it can run at once
+NO_ROOM = "no_room"  # the code of a replica's refusal that is no failure: others are before it
 FAILURE_MEMORY_S = 5.0  # how long a replica that just failed a request is the last choice
 
 
@@ -21,12 +21,15 @@ class Candidate(msgspec.Struct, frozen=True):
     """A replica as one gateway sees it.
 
     `in_flight` counts the sequences that this gateway has there: a load report is some 50 ms old, a burst is
-    not. `failed_at` is when it last lost or refused one of this gateway's requests, in the units of `now`.
+    not. `failed_at` is when it last lost or refused one of this gateway's requests, in the units of `now`. `shut`: it
+    fails so often that it gets nothing now. `full`: it has just said that it has no room, whatever its report says.
     """
 
     replica: Replica
     in_flight: int = 0
     failed_at: float | None = None
+    shut: bool = False
+    full: bool = False
 
     @property
     def sequences(self) -> int:
@@ -39,12 +42,18 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What routing needs to know of a request. `draw` in [0, 1) settles ties, so that gateways that share
-    nothing don't all choose the same idle replica."""
+    """What routing needs to know of a request.
+
+    `draw` in [0, 1) settles ties, so that gateways that share nothing don't all choose the same idle replica.
+    `numerics`: of this class if there is one ready: what was begun there goes on with the same text. `avoid` holds the
+    (node, replica) to be taken only if there is no other.
+    """
 
     sequences: int = 1
     region: str = "local"
     draw: float = 0.0
+    numerics: str | None = None
+    avoid: frozenset[tuple[str, str]] = frozenset()
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -64,15 +73,19 @@ class NoRoute(msgspec.Struct, frozen=True):
 def route(facts: RequestFacts, candidates: Sequence[Candidate], now: float) -> Route | NoRoute:
     """The replica for a request among those of its model.
 
-    Ready ones with room, in this order: those that have not just failed, those of the same region, the least
-    loaded for its capacity. A request of more sequences than a replica may hold goes to an idle one.
+    Ready ones with room, in this order: those that have not just failed, those that are not to be avoided, those of
+    the wanted numerics, those of the same region, the least loaded for its capacity. A request of more sequences than
+    a replica has seats goes to an idle one.
     """
     ready = [c for c in candidates if c.replica.state == "ready"]
     if not ready:
         return NoRoute(_why_none_is_ready(candidates))
-    roomy = [c for c in ready if _has_room(c, facts.sequences)]
+    willing = [c for c in ready if not c.shut]
+    if not willing:
+        return NoRoute(f"all {len(ready)} ready replicas have failed too often of late")
+    roomy = [c for c in willing if _has_room(c, facts.sequences)]
     if not roomy:
-        return NoRoute(f"all {len(ready)} ready replicas are full")
+        return NoRoute(f"all {len(willing)} ready replicas are full")
     ranked = [(_rank(c, facts, now), c) for c in roomy]
     best = min(rank for rank, _ in ranked)
     tied = [c for rank, c in ranked if rank == best]
@@ -80,23 +93,45 @@ def route(facts: RequestFacts, candidates: Sequence[Candidate], now: float) -> R
     return Route(chosen.replica.node, chosen.replica.id, _reason(chosen, facts, len(tied), len(candidates)))
 
 
+def suits(facts: RequestFacts, replica: Replica, ready: Collection[Replica]) -> bool:
+    """Whether a request that this replica calls should follow, and not wait for another of the `ready` ones."""
+    if _is_avoided(replica, facts) and not all(_is_avoided(other, facts) for other in ready):
+        return False
+    return not (_differs(replica, facts) and not all(_differs(other, facts) for other in ready))
+
+
 def _has_room(candidate: Candidate, sequences: int) -> bool:
+    if candidate.full or candidate.replica.by_turn:
+        return False
     held = candidate.sequences
-    return held == 0 or held + sequences <= candidate.capacity * QUEUE_FACTOR
+    return held == 0 or held + sequences <= candidate.capacity
 
 
-def _rank(candidate: Candidate, facts: RequestFacts, now: float) -> tuple[bool, bool, float]:
+def _is_avoided(replica: Replica, facts: RequestFacts) -> bool:
+    return (replica.node, replica.id) in facts.avoid
+
+
+def _differs(replica: Replica, facts: RequestFacts) -> bool:
+    return facts.numerics is not None and replica.numerics != facts.numerics
+
+
+def _rank(candidate: Candidate, facts: RequestFacts, now: float) -> tuple[bool, bool, bool, bool, float]:
     """Lower is better."""
+    replica = candidate.replica
     failed = candidate.failed_at is not None and now - candidate.failed_at < FAILURE_MEMORY_S
-    elsewhere = candidate.replica.region != facts.region
-    return failed, elsewhere, candidate.sequences / candidate.capacity
+    elsewhere = replica.region != facts.region
+    load = candidate.sequences / candidate.capacity
+    return failed, _is_avoided(replica, facts), _differs(replica, facts), elsewhere, load
 
 
 def _reason(chosen: Candidate, facts: RequestFacts, tied: int, candidates: int) -> str:
     where = "same region" if chosen.replica.region == facts.region else f"region {chosen.replica.region}"
     share = f"{chosen.sequences} of {chosen.capacity} sequences"
     lot = f", drawn among {tied} alike" if tied > 1 else ""
-    return f"least loaded of {candidates}: {share}, {where}{lot}"
+    other = (
+        f", numerics {chosen.replica.numerics} instead of {facts.numerics}" if _differs(chosen.replica, facts) else ""
+    )
+    return f"least loaded of {candidates}: {share}, {where}{other}{lot}"
 
 
 def _why_none_is_ready(candidates: Sequence[Candidate]) -> str:

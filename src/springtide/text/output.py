@@ -25,7 +25,8 @@ class OutputText:
         stop: Stop strings, none empty.
         min_tokens: A stop string counts only if a token after the first `min_tokens` completes it.
         prior_ids, prior_text: What a replica before this one had made and sent: the text goes on after
-            `prior_text`, exactly as it would have gone on there.
+            `prior_text`, exactly as it would have gone on there. `prior_stop_ids`: those of them give no text, as
+            with `push`.
         continues: The tokens go on in the middle of a text (a completion's prompt) and do not begin one: a
             leading space is then a real one also for tokenizers that put a space before every text.
 
@@ -41,6 +42,7 @@ class OutputText:
         min_tokens: int = 0,
         prior_ids: Sequence[int] = (),
         prior_text: str = "",
+        prior_stop_ids: frozenset[int] = frozenset(),
         continues: bool = False,
     ) -> None:
         self.matched: str | None = None
@@ -59,7 +61,7 @@ class OutputText:
         self._unsent = ""
         self._already_sent = 0
         if prior_ids or prior_text:
-            self._resume(prior_ids, prior_text)
+            self._resume(prior_ids, prior_text, prior_stop_ids)
 
     def push(self, token_ids: Iterable[int], *, stop_ids: frozenset[int] = frozenset()) -> str:
         """Text that is now certain. Tokens in `stop_ids`, which end the sequence, and special tokens give none."""
@@ -116,8 +118,8 @@ class OutputText:
             if self._num_tokens > self._min_tokens:
                 return StopMatch(match.stop, at)
 
-    def _resume(self, prior_ids: Sequence[int], prior_text: str) -> None:
-        text = self.push(prior_ids)
+    def _resume(self, prior_ids: Sequence[int], prior_text: str, stop_ids: frozenset[int]) -> None:
+        text = self.push(prior_ids, stop_ids=stop_ids)
         self.consumed = 0
         if not (text + self._held).startswith(prior_text):
             raise InvalidRequest("the text to go on after is not the text of its tokens")

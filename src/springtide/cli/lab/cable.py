@@ -1,0 +1,105 @@
+"""A cable between a process and a server, which can be bad: a TCP proxy on loopback. Knows bytes, nothing of what
+they mean."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import NamedTuple
+
+_SEGMENT = 65536
+
+
+class Weather(NamedTuple):
+    """How a cable treats each segment: seconds of `delay`, give or take `jitter`; and with the probability `loss`
+    another `retransmission` seconds, which is what a lost packet is to those who speak TCP."""
+
+    delay: float = 0.0
+    jitter: float = 0.0
+    loss: float = 0.0
+    retransmission: float = 0.0
+
+
+FAIR = Weather()
+
+
+class Cable:
+    """Passes bytes on both ways between whoever connects to `port` and the server at `to`."""
+
+    def __init__(self, to: int, chance: random.Random) -> None:
+        self.port = 0
+        self.weather = FAIR
+        self._to = to
+        self._chance = chance
+        self._passes = asyncio.Event()
+        self._passes.set()
+        self._server: asyncio.Server | None = None
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen on a free port."""
+        self._server = await asyncio.start_server(self._on_connection, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """End everything. Harmless if it was not started."""
+        if self._server is not None:
+            self._server.close()
+        self.cut()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """End all connections; both ends notice, and may connect again."""
+        for end in self._ends:
+            end.transport.abort()
+
+    def freeze(self) -> None:
+        """From now on no byte passes, and nobody is told."""
+        self._passes.clear()
+
+    def thaw(self) -> None:
+        """Let pass what has come meanwhile, and all that comes."""
+        self._passes.set()
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ends.add(writer)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:  # nobody is there; to the one who asks it looks like a server that hangs up
+            self._hang_up(writer)
+            return
+        self._ends.add(far_writer)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.get_running_loop().create_task(self._pass_on(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                while data := await source.read(_SEGMENT):
+                    await self._endure()
+                    if sink.transport.is_closing():  # cut meanwhile
+                        return
+                    sink.write(data)
+                    await sink.drain()
+        finally:
+            self._hang_up(sink)
+
+    async def _endure(self) -> None:
+        """What a segment goes through. What comes meanwhile waits, and goes on as one segment."""
+        weather = self.weather
+        if weather is not FAIR:
+            seconds = weather.delay + self._chance.uniform(-1, 1) * weather.jitter
+            if self._chance.random() < weather.loss:
+                seconds += weather.retransmission
+            await asyncio.sleep(max(0.0, seconds))
+        await self._passes.wait()
+
+    def _hang_up(self, end: asyncio.StreamWriter) -> None:
+        self._ends.discard(end)
+        end.transport.abort()
