@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -74,7 +74,7 @@ class Dispatcher:
         self.hedged = 0
         self._silence_counts = silence_counts
         self._running: defaultdict[ReplicaKey, set[OpenAttempt]] = defaultdict(set)
-        self._seen_started = room.alive()  # as last looked at
+        self._seen: Collection[ReplicaKey] = room.alive().keys()  # as last looked at
         presence.on_change(self._presence_changed)
 
     def dispatch(self, request: Request, trace: Trace, before: Dispatch | None = None) -> Dispatch:
@@ -100,15 +100,16 @@ class Dispatcher:
 
     def _presence_changed(self) -> None:
         self.room.presence_changed()
-        before, now = self._seen_started, self.room.alive()
-        self._seen_started = now
-        for key, started in before.items():
-            if key not in self._running:
-                continue
+        before, now = self._seen, self.room.alive()
+        self._seen = now.keys()
+        for key, running in list(self._running.items()):
             if key not in now:
-                self._replica_gone(key)
-            elif now[key] != started:
-                self._lose(key, "the replica was started anew")
+                if key in before:
+                    self._replica_gone(key)
+            elif next(iter(running)).replica.started != now[key]:  # also if it was not seen for a while in between
+                self._lose(
+                    key, "its process has ended", which=lambda attempt, now=now[key]: attempt.replica.started != now
+                )
 
     def _replica_gone(self, key: ReplicaKey) -> None:
         """Requests that lose nothing by it begin elsewhere at once; for the others it is asked whether it is still

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,20 +19,21 @@ from springtide.fabric.authority import Authority
 from springtide.fabric.connection import Fabric
 from springtide.fabric.desired import NodeIntent, Registry
 from springtide.fabric.files import write_private
-from springtide.fabric.presence import Heart, PresenceView
+from springtide.fabric.presence import MAX_AGE_S, Heart, PresenceView
 from springtide.fabric.server import urls_for_nodes
 from springtide.fabric.streams import StreamHub
 from springtide.fabric.usage import UsageWriter
 from springtide.gateway.admin import AdminApi, ensure_admin_token
 from springtide.gateway.app import GatewayApp
+from springtide.gateway.explain import Explainer
 from springtide.gateway.keys import KeyView
 from springtide.gateway.limits import DEFAULT_LIMITS, Limits
 from springtide.gateway.listener import Certificate, Listener
+from springtide.gateway.trace import TraceBook
 from springtide.ledger.database import database_url
 from springtide.ledger.store import Ledger
 from springtide.ledger.worker import LedgerWorker
 
-_MAX_SILENCE_S = 5.0  # of a replica's heartbeat
 _CUT_S = 1.0  # for connections that linger after the last answer
 
 
@@ -89,8 +91,9 @@ class _Parts:
         self._id = gateway_id
         self._limits = limits
         self._started = time.time()
-        self._presence = PresenceView(fabric, max_age=_MAX_SILENCE_S)
+        self._presence = PresenceView(fabric)
         self._deployments = Registry(fabric, subjects.DEPLOYMENTS, Deployment)
+        self._traces = TraceBook()
 
     async def start_admin(self) -> str:
         """Presence, the ledger, its worker, and the operator's API over all of them. Returns the API's URL."""
@@ -98,15 +101,19 @@ class _Parts:
         self._stack.push_async_callback(self._presence.stop)
         ledger = await Ledger.open(database_url(self._settings))
         self._stack.push_async_callback(ledger.close)
+        explainer = Explainer(self._fabric, self._id, self._presence, self._traces)
+        await explainer.start()
+        self._stack.push_async_callback(explainer.stop)
         worker = LedgerWorker(ledger, self._fabric, self._id)
         await worker.start()
         self._stack.push_async_callback(worker.stop)
-        listener = Listener(self._admin_api(ledger), "127.0.0.1", self._settings.admin_port, limits=self._limits)
+        admin = self._admin_api(ledger, explainer)
+        listener = Listener(admin, "127.0.0.1", self._settings.admin_port, limits=self._limits)
         await listener.start()
         self._stack.push_async_callback(_stop_admin, listener)
         return listener.url
 
-    def _admin_api(self, ledger: Ledger) -> AdminApi:
+    def _admin_api(self, ledger: Ledger, explainer: Explainer) -> AdminApi:
         directory = self._data_dir / "fabric"
         return AdminApi(
             ledger,
@@ -118,6 +125,7 @@ class _Parts:
             self._fabric,
             urls_for_nodes(self._fabric.urls, self._settings.fabric_host),
             ensure_admin_token(self._data_dir),
+            explainer=explainer,
         )
 
     async def start_edge(self) -> str:
@@ -138,7 +146,7 @@ class _Parts:
         return listener.url
 
     async def _make_app(self) -> GatewayApp:
-        hub = StreamHub(self._fabric, self._id)
+        hub = StreamHub(self._fabric, self._id, open_patience=self._settings.connect_timeout or math.inf)
         await hub.start()
         self._stack.push_async_callback(hub.close)
         keys = KeyView(Registry(self._fabric, subjects.KEYS, KeyRecord))
@@ -155,6 +163,7 @@ class _Parts:
             keys,
             usage,
             deployments=self._deployments,
+            traces=self._traces,
             limits=self._limits,
             silence_counts=_Line(self._fabric).steady,
         )
@@ -211,4 +220,4 @@ class _Line:
         self._back_at = time.monotonic()
 
     def steady(self) -> bool:
-        return self._fabric.connected and time.monotonic() - self._back_at > _MAX_SILENCE_S
+        return self._fabric.connected and time.monotonic() - self._back_at > MAX_AGE_S
