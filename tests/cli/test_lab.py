@@ -123,11 +123,15 @@ async def test_a_cable_slows_stops_and_breaks_what_passes_through_it() -> None:
     sent = time.monotonic()
     writer.write(b"one")
     assert await reader.readexactly(3) == b"one" and time.monotonic() - sent > 0.15
-    cable.freeze()
+    cable.freeze(new_ones_too=False)
     writer.write(b"two")
     heard = asyncio.ensure_future(reader.readexactly(3))
     await asyncio.sleep(0.3)
     assert not heard.done()
+    other_reader, other_writer = await asyncio.open_connection("127.0.0.1", cable.port)
+    other_writer.write(b"new")
+    assert await other_reader.readexactly(3) == b"new"
+    other_writer.transport.abort()
     cable.thaw()
     assert await heard == b"two"  # nothing of it was lost
     cable.cut()

@@ -106,10 +106,13 @@ class Dispatcher:
             if key not in now:
                 if key in before:
                     self._replica_gone(key)
-            elif next(iter(running)).replica.started != now[key]:  # also if it was not seen for a while in between
-                self._lose(
-                    key, "its process has ended", which=lambda attempt, now=now[key]: attempt.replica.started != now
-                )
+            elif next(iter(running)).replica.started != now[key]:
+                self._process_ended(key, now[key])
+
+    def _process_ended(self, key: ReplicaKey, started: float) -> None:
+        """Another process speaks for this replica, started then: the next one, or its agent, to say that it is dead.
+        The replica may have been out of sight in between."""
+        self._lose(key, "its process has ended", which=lambda attempt: attempt.replica.started != started)
 
     def _replica_gone(self, key: ReplicaKey) -> None:
         """Requests that lose nothing by it begin elsewhere at once; for the others it is asked whether it is still

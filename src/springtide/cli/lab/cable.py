@@ -32,10 +32,9 @@ class Cable:
         self.weather = FAIR
         self._to = to
         self._chance = chance
-        self._passes = asyncio.Event()
-        self._passes.set()
+        self._dark = False
         self._server: asyncio.Server | None = None
-        self._ends: set[asyncio.StreamWriter] = set()
+        self._flows: dict[asyncio.StreamWriter, asyncio.Event] = {}  # each end, and whether bytes pass to it
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -54,41 +53,49 @@ class Cable:
 
     def cut(self) -> None:
         """End all connections; both ends notice, and may connect again."""
-        for end in self._ends:
+        for end in list(self._flows):
             end.transport.abort()
 
-    def freeze(self) -> None:
-        """From now on no byte passes, and nobody is told."""
-        self._passes.clear()
+    def freeze(self, *, new_ones_too: bool) -> None:
+        """From now on no byte passes on the connections that are there, and nobody is told. `new_ones_too`: nor on
+        those that are made meanwhile."""
+        self._dark = new_ones_too
+        for passes in self._flows.values():
+            passes.clear()
 
     def thaw(self) -> None:
         """Let pass what has come meanwhile, and all that comes."""
-        self._passes.set()
+        self._dark = False
+        for passes in self._flows.values():
+            passes.set()
 
     async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._ends.add(writer)
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to)
         except OSError:  # nobody is there; to the one who asks it looks like a server that hangs up
-            self._hang_up(writer)
+            writer.transport.abort()
             return
-        self._ends.add(far_writer)
         for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.get_running_loop().create_task(self._pass_on(source, sink))
+            passes = self._flows[sink] = asyncio.Event()
+            if not self._dark:
+                passes.set()
+            task = asyncio.get_running_loop().create_task(self._pass_on(source, sink, passes))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, passes: asyncio.Event) -> None:
         try:
             with contextlib.suppress(OSError):
                 while data := await source.read(_SEGMENT):
                     await self._endure()
+                    await passes.wait()
                     if sink.transport.is_closing():  # cut meanwhile
                         return
                     sink.write(data)
                     await sink.drain()
         finally:
-            self._hang_up(sink)
+            del self._flows[sink]
+            sink.transport.abort()
 
     async def _endure(self) -> None:
         """What a segment goes through. What comes meanwhile waits, and goes on as one segment."""
@@ -98,8 +105,3 @@ class Cable:
             if self._chance.random() < weather.loss:
                 seconds += weather.retransmission
             await asyncio.sleep(max(0.0, seconds))
-        await self._passes.wait()
-
-    def _hang_up(self, end: asyncio.StreamWriter) -> None:
-        self._ends.discard(end)
-        end.transport.abort()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,14 +90,9 @@ class Crowd:
 
 
 def _plain(question: Question) -> Question:
-    """Of one choice, which comes a token an event."""
-    return Question(
-        dialect=question.dialect,
-        prompt=question.prompt,
-        stream=True,
-        max_tokens=question.max_tokens,
-        seed=question.seed,
-    )
+    """Of one choice, which comes a token an event; and of a prompt that is as good as none, and so short that no cache
+    holds it: what prompts cost is not what is measured here."""
+    return replace(question, prompt="why?", dialect="completions", stream=True, n=1, stop=None, logprobs=False)
 
 
 class Share(NamedTuple):

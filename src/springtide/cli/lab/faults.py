@@ -48,7 +48,7 @@ class Faults:
         of_gateways: list[Doing] = [self._kill_gateway, self._kill_gateway, self._stop_gateway]
         of_all: list[Doing] = [
             self._kill_replica, self._kill_agent, self._pause_replica, self._pause_agent,
-            self._cut, self._slow, self._freeze, self._restart_fabric, self._drain,
+            self._cut, self._slow, self._half_open, self._unreachable, self._restart_fabric, self._drain,
         ]  # fmt: skip
         self._kinds = of_gateways if gateways else of_all
 
@@ -151,15 +151,28 @@ class Faults:
         def end(cable: Cable) -> None:
             cable.weather = FAIR
 
-        return self._worsen("line slow and lossy", self._chance.uniform(2, 6), begin, end)
+        return self._worsen("line slow and lossy", self._line(), self._chance.uniform(2, 6), begin, end)
 
-    async def _freeze(self) -> Fault | None:
-        return self._worsen("line silent", self._chance.uniform(0.5, 6), Cable.freeze, Cable.thaw)
+    async def _half_open(self) -> Fault | None:
+        """What has a connection is not told that nothing passes on it any more. A new one would do."""
+
+        def begin(cable: Cable) -> None:
+            cable.freeze(new_ones_too=False)
+
+        return self._worsen("line half-open", self._line(), self._chance.uniform(2, 8), begin, Cable.thaw)
+
+    async def _unreachable(self) -> Fault | None:
+        """A node that nobody reaches, and that reaches nobody. Of a gateway nothing could be asked meanwhile."""
+
+        def begin(cable: Cable) -> None:
+            cable.freeze(new_ones_too=True)
+
+        node = self._chance.choice(self._fleet.agents)
+        return self._worsen("node unreachable", node, self._chance.uniform(2, 8), begin, Cable.thaw)
 
     def _worsen(
-        self, kind: str, seconds: float, begin: Callable[[Cable], None], end: Callable[[Cable], None]
+        self, kind: str, part: Part, seconds: float, begin: Callable[[Cable], None], end: Callable[[Cable], None]
     ) -> Fault | None:
-        part = self._line()
         if part.name in self._bad_lines:
             return None
         self._bad_lines.add(part.name)
