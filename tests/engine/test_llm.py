@@ -94,6 +94,15 @@ def test_text_without_a_tokenizer_is_refused_in_a_sentence(llm: LLM) -> None:
         llm.generate([1, 2], SamplingParams(stop=("x",)))
 
 
+def test_loading_shows_how_far_it_is_where_that_is_wanted(
+    tiny_model: ModelFiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LLM(str(tiny_model.path), dtype="float32", num_blocks=1)
+    assert capsys.readouterr().err == ""
+    LLM(str(tiny_model.path), dtype="float32", num_blocks=1, progress=True)
+    assert "warming up" in capsys.readouterr().err
+
+
 def test_a_progress_bar_where_it_is_wanted(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate([[1], [2]], GREEDY)
     assert capsys.readouterr().err == ""

@@ -149,7 +149,7 @@ def test_a_plan_fits_or_there_is_none(
 
 # --- two copies ---
 
-VOCAB, HIDDEN, INNER = 18_000, 2048, 8192
+VOCAB, HIDDEN, INNER = 9_000, 2048, 4096
 
 _GROWTH = """
 import sys, torch
@@ -173,13 +173,13 @@ print(checkpoint.weight_bytes(torch.bfloat16), status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
 @pytest.mark.parametrize("format", ["safetensors", "gguf"])
 def test_loading_never_holds_two_copies(tmp_path: Path, format: ModelFormat) -> None:
-    """200 MB of weights, in a process of their own: what it grows by at most is little more than that."""
+    """120 MB of weights, in a process of their own: what it grows by at most is little more than that."""
     files = _big_safetensors(tmp_path) if format == "safetensors" else _big_gguf(tmp_path / "big.gguf")
     command = [sys.executable, "-c", _GROWTH, str(files.path), format]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     size, growth = map(int, output.split())
-    assert size > 190 * MB
-    assert growth < 1.2 * size
+    assert size > 110 * MB
+    assert growth < size + 40 * MB  # a few rows at once, as float32 and in between
 
 
 def _big_tensors() -> dict[str, torch.Tensor]:

@@ -123,6 +123,14 @@ def test_baichuan_is_llama_with_packed_projections_and_a_normalised_head(tmp_pat
     assert torch.equal(all_logits(ours, PROMPT, chunk=3), all_logits(ours, PROMPT))
 
 
+def test_a_token_that_baichuan_never_learned_harms_no_other(tmp_path: Path) -> None:
+    model = families.llama(num_key_value_heads=4, head_dim=16)
+    with torch.no_grad():
+        model.lm_head.weight[7] = 0.0
+    logits = all_logits(loaded(as_baichuan(model, tmp_path)), PROMPT)
+    assert logits.isfinite().all() and not logits[:, 7].any()
+
+
 def as_baichuan(model: LlamaForCausalLM, folder: Path) -> ModelFiles:
     """A Llama in the layout of Baichuan 2 7B."""
     tensors = dict(model.state_dict())

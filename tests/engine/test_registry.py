@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from transformers import PreTrainedModel
 
 from springtide.core.errors import SetupError
 from springtide.engine.models.config import Experts, LayerConfig, ModelConfig, Rope, RopeScaling
 from springtide.engine.models.registry import FAMILIES, open_checkpoint
 from tests.engine.checkpoints import files_of, saved, tiny_llama, write_gguf
-from tests.engine.families import gemma3
+from tests.engine.families import WINDOW, gemma3, mistral, qwen2, qwen3
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -413,6 +414,9 @@ def refusal(folder: Path, raw: Mapping[str, Any]) -> str:
         (QWEN3_8B, {"layer_types": ["linear_attention"] * 36}, "'linear_attention'"),
         (QWEN3_8B, {"hidden_act": "relu"}, "activation 'relu' is not supported"),
         (LLAMA_2_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        (LLAMA_2_7B, {"architectures": "LlamaForCausalLM"}, "the architecture none is not supported"),
+        (LLAMA_2_7B, {"architectures": {"0": "LlamaForCausalLM"}}, "the architecture none is not supported"),
+        (LLAMA_2_7B, {"architectures": 5}, "the architecture none is not supported"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused_with_what_is_supported(
@@ -437,6 +441,13 @@ def test_a_refusal_lists_every_architecture(tmp_path: Path, name: str) -> None:
         (GLM_4_9B_0414, {"partial_rotary_factor": 1.5}, "192 of 128 dimensions can't be rotated"),
         (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "9 of 8 experts can't be chosen"),
         (MIXTRAL_8X7B, {"num_local_experts": None}, "not a model configuration"),
+        (LLAMA_2_7B, {"rope_scaling": {"type": "linear", "factor": 0.0}}, "can't be stretched by"),
+        (
+            LLAMA_2_7B,
+            {"rope_scaling": LLAMA_3_1_8B["rope_scaling"] | {"high_freq_factor": 1.0}},
+            "can't be stretched by",
+        ),
+        (LLAMA_2_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "can't be stretched by"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(
@@ -466,10 +477,24 @@ def test_other_gguf_architectures_are_refused_by_name(tmp_path: Path, architectu
     assert "supported in GGUF: gemma3, glm4, gpt-oss, llama, qwen2, qwen3, qwen3moe" in str(caught.value)
 
 
-def test_softcapping_in_gguf_is_refused_too(tmp_path: Path) -> None:
-    files = write_gguf(gemma3(), tmp_path / "tiny.gguf", metadata={"final_logit_softcapping": 30.0})
-    with pytest.raises(SetupError, match="final_logit_softcapping is not supported"):
+@pytest.mark.parametrize("entry", ["attn_logit_softcapping", "final_logit_softcapping"])
+@pytest.mark.parametrize("make", [gemma3, tiny_llama, qwen3])
+def test_softcapping_in_gguf_is_refused_too(tmp_path: Path, make: Callable[[], PreTrainedModel], entry: str) -> None:
+    files = write_gguf(make(), tmp_path / "tiny.gguf", metadata={entry: 30.0})
+    with pytest.raises(SetupError, match=rf"{entry} 30\.0 is not supported"):
         open_checkpoint(files)
+
+
+@pytest.mark.parametrize("make", [mistral, lambda: qwen2(use_sliding_window=True, sliding_window=WINDOW)])
+def test_a_window_in_a_gguf_whose_family_knows_none_is_refused(
+    tmp_path: Path, make: Callable[[], PreTrainedModel]
+) -> None:
+    """GGUF calls a Mistral llama."""
+    model = make()
+    with pytest.raises(SetupError, match=f"asks for a window of {WINDOW} tokens, which is not supported in GGUF"):
+        open_checkpoint(write_gguf(model, tmp_path / "tiny.gguf"))
+    everything = write_gguf(model, tmp_path / "wide.gguf", metadata={"attention.sliding_window": 256})
+    assert open_checkpoint(everything).config.layers[0].window is None
 
 
 def test_a_llama_without_experts_is_no_mixtral(tmp_path: Path) -> None:

@@ -126,6 +126,11 @@ def test_rope_of_older_configurations_is_understood(folder: Path) -> None:
     assert (rope.theta, rope.scaling) == (5e5, RopeScaling("linear", 2.0))
 
 
+def test_no_memory_is_taken_for_sizes_that_the_tensors_do_not_have(folder: Path) -> None:
+    edit_config(folder, intermediate_size=10**12)
+    assert "expected [1000000000000, 64]" in refusal(files_of(folder, "safetensors"))
+
+
 def test_missing_extra_and_mis_shaped_tensors_are_named(folder: Path) -> None:
     files = files_of(folder, "safetensors")
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))

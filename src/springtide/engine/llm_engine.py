@@ -24,8 +24,8 @@ from springtide.engine.drafting.base import Drafter
 from springtide.engine.drafting.registry import choose_drafter
 from springtide.engine.jit import have_compiled
 from springtide.engine.kv import PAGE_SIZE
+from springtide.engine.kv_policy import choose_kv_policy
 from springtide.engine.loading import load_runner, resolve_context_length
-from springtide.engine.models.config import ModelConfig
 from springtide.engine.runner import Chunk, ModelRunner
 from springtide.engine.sampler import SampleError, SampleResult, sample
 from springtide.engine.sequence import Sequence
@@ -62,7 +62,7 @@ class LLMEngine:
         )
         self._drafter = drafter
         self._draft_tokens = config.draft_tokens
-        self._reach = _reach(model_config)
+        self._kv_policy = choose_kv_policy(model_config)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[SequenceOutput] = []  # over before they began; told by the next step
 
@@ -153,7 +153,7 @@ class LLMEngine:
         self._scheduler.update(batch, {output.id: len(output.token_ids) for output in outputs}, finished)
         for sequence_id in finished:
             self._forget(sequence_id)
-        self._release_unreachable(batch)
+        self._release_blocks(batch)
         return outputs
 
     def _chunk(self, item: Scheduled, drafts: list[int]) -> Chunk:
@@ -175,15 +175,14 @@ class LLMEngine:
         results = iter(sample(logits.numpy(), rows))
         return [_accept(self._sequences[sequence_id], ahead, results) for sequence_id, ahead in drafts.items()]
 
-    def _release_unreachable(self, batch: Batch) -> None:
-        """Where no layer looks back further than a window, free the blocks that have fallen out of it."""
-        if self._reach is None:
-            return
+    def _release_blocks(self, batch: Batch) -> None:
+        """Let go of what the KV policy says nobody will read again."""
         for item in batch.items:
             if item.id in self._sequences:
-                num_tokens = len(self._sequences[item.id].tokens)
-                next_position = num_tokens - 1 if item.samples else item.start + item.count  # that will run
-                self._scheduler.release_blocks(item.id, max(0, next_position + 1 - self._reach) // PAGE_SIZE)
+                tokens = self._sequences[item.id].tokens
+                next_position = len(tokens) - 1 if item.samples else item.start + item.count
+                if count := self._kv_policy.blocks_to_release(next_position):
+                    self._scheduler.release_blocks(item.id, count)
 
     def _forget(self, sequence_id: str) -> None:
         """Leave no trace of a sequence beside the scheduler's."""
@@ -191,12 +190,6 @@ class LLMEngine:
         self._runner.release(sequence_id)
         if self._drafter is not None:
             self._drafter.forget(sequence_id)
-
-
-def _reach(config: ModelConfig) -> int | None:
-    """How many of the newest positions a row may attend to, its own included; None: all."""
-    windows = [layer.window for layer in config.layers]
-    return None if None in windows else max(window for window in windows if window is not None)
 
 
 def _accept(sequence: Sequence, drafts: list[int], results: Iterator[SampleResult]) -> SequenceOutput:

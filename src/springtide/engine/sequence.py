@@ -108,7 +108,7 @@ def _max_tokens(request: SequenceRequest, context_length: int) -> int:
     if prompt + (asked or 1) > context_length:
         wanted = f"{asked} for the answer" if asked else "none left for the answer"
         raise ContextTooLong(
-            f"this model's context holds {context_length} tokens, but {prompt + (asked or 0)} are asked for: "
+            f"the context here holds {context_length} tokens, but {prompt + (asked or 0)} are asked for: "
             f"{prompt} in the prompt and {wanted}",
             hint="shorten the prompt or lower max_tokens",
         )

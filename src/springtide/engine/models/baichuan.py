@@ -14,6 +14,8 @@ from springtide.engine.models.family import Family
 from springtide.engine.models.reading import RawConfig, read_common
 from springtide.engine.weights.base import Weights
 
+_SHORTEST = 1e-12  # rows of tokens that nobody trained may be all zeros
+
 
 def read_config(raw: RawConfig) -> ModelConfig:
     if "max_position_embeddings" not in raw and "model_max_length" in raw:
@@ -36,7 +38,8 @@ class Baichuan(Decoder):
 
     def head_weight(self, weights: Weights) -> Tensor:
         weight = super().head_weight(weights)
-        return weight.div_(torch.linalg.vector_norm(weight, dim=-1, keepdim=True))
+        lengths = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+        return weight.div_(lengths.clamp_min_(_SHORTEST))
 
 
 FAMILY = Family(read_config, Baichuan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -110,7 +111,18 @@ class ModelConfig:
         rope, experts = layer.rope, layer.experts
         if rope and not (rope.theta > 0 and rope.dim > 0 and rope.dim % 2 == 0 and rope.dim <= self.head_dim):
             raise ValueError(f"{rope.dim} of {self.head_dim} dimensions can't be rotated with theta {rope.theta}")
+        if rope and rope.scaling and not _is_possible(rope.scaling, rope.theta):
+            raise ValueError(f"positions can't be stretched by {rope.scaling} with theta {rope.theta}")
         if layer.window is not None and layer.window < 1:
             raise ValueError(f"a window of {layer.window} tokens sees nothing")
         if experts and not (1 <= experts.per_token <= experts.count and experts.intermediate_size > 0):
             raise ValueError(f"{experts.per_token} of {experts.count} experts can't be chosen")
+
+
+def _is_possible(scaling: RopeScaling, theta: float) -> bool:
+    """Whether no division by zero lies in wait, and every frequency is one."""
+    if scaling.kind == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+        return False
+    if scaling.kind == "yarn" and not (theta > 1 and scaling.beta_fast > 0 and scaling.beta_slow > 0):
+        return False
+    return 0 < scaling.factor < math.inf and scaling.original_context_length > 0

@@ -32,7 +32,7 @@ from springtide.engine.models.config import ModelConfig
 from springtide.engine.models.family import Family
 from springtide.engine.weights.base import TensorReader, Weights, model_bytes
 from springtide.engine.weights.gguf import GGUFFile
-from springtide.engine.weights.safetensors import SafetensorsFolder, read_config
+from springtide.engine.weights.safetensors import SafetensorsFolder, named_architecture, read_config
 
 
 class Model(Protocol):
@@ -97,7 +97,7 @@ def open_checkpoint(files: ModelFiles) -> Checkpoint:
 
 def _open_folder(folder: Path) -> Checkpoint:
     raw = read_config(folder, sorted(FAMILIES))
-    architecture = str((raw.get("architectures") or ["none"])[0])
+    architecture = named_architecture(raw)
     family = FAMILIES.get(architecture)
     if family is None:
         raise SetupError(f"the architecture {architecture} is not supported", hint=_supported())
@@ -110,12 +110,25 @@ def _open_gguf(path: Path) -> Checkpoint:
         if family.gguf and file.fits(family.gguf):
             raw = file.raw_config(family.gguf.implied) | {"architectures": [architecture]}
             file.use(family.gguf)
-            return Checkpoint(family, _read(family, raw, str(path)), file)
+            config = _read(family, raw, str(path))
+            _refuse_unknown_window(config, raw, str(path))
+            return Checkpoint(family, config, file)
     known = sorted({family.gguf.architecture for family in FAMILIES.values() if family.gguf})
     raise SetupError(
         f"{path} holds a model of the architecture {file.architecture!r}, which is not supported",
         hint=f"supported in GGUF: {', '.join(known)}",
     )
+
+
+def _refuse_unknown_window(config: ModelConfig, raw: Mapping[str, Any], where: str) -> None:
+    """GGUF has one word for several families, of which not all know windows."""
+    window = raw.get("sliding_window") or config.context_length
+    if window < config.context_length and all(layer.window is None for layer in config.layers):
+        raise SetupError(
+            f"{where} asks for a window of {window} tokens, which is not supported in GGUF files of "
+            f"{config.architecture}",
+            hint="take its safetensors",
+        )
 
 
 def _supported() -> str:

@@ -69,6 +69,8 @@ class Weights:
         Raises:
             SetupError: one has another shape, or can't be read.
         """
+        for name, shape in zip(names, shapes, strict=True):
+            self._check_shape(name, shape)  # before memory is taken for what a broken file claims
         rows = sum(shape[0] for shape in shapes)
         stacked = torch.empty((rows, *shapes[0][1:]), dtype=dtype or self.dtype, device=self.device)
         start = 0
@@ -100,20 +102,22 @@ class Weights:
             )
         self._progress(_READING, self._bytes_in_all, self._bytes_in_all)
 
-    def _fill(self, name: str, out: Tensor) -> None:
-        self._taken.add(name)
-        found = self._reader.shapes.get(name)
-        if found is None:
-            self._missing.append(name)
-        elif found != tuple(out.shape):
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self._reader.shapes.get(name, shape)
+        if found != shape:
             raise SetupError(
-                f"tensor {name} in {self._reader.where} has shape {list(found)}, expected {list(out.shape)}",
+                f"tensor {name} in {self._reader.where} has shape {list(found)}, expected {list(shape)}",
                 hint="the file and its configuration do not belong together",
             )
-        else:
-            self._reader.read(name, out)
-            self._bytes_done += math.prod(found) * self.dtype.itemsize
-            self._progress(_READING, self._bytes_done, self._bytes_in_all)
+
+    def _fill(self, name: str, out: Tensor) -> None:
+        self._taken.add(name)
+        if name not in self:
+            self._missing.append(name)
+            return
+        self._reader.read(name, out)
+        self._bytes_done += out.numel() * self.dtype.itemsize
+        self._progress(_READING, self._bytes_done, self._bytes_in_all)
 
 
 def model_bytes(reader: TensorReader, dtype: torch.dtype) -> int:

@@ -119,9 +119,14 @@ def read_config(folder: Path, supported: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
-def _refuse_other_senses(raw: Mapping[str, Any], hint: str | None) -> None:
+def named_architecture(raw: Mapping[str, Any]) -> str:
+    """The first of the architectures that a `config.json` names."""
     architectures = raw.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown"
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
+
+
+def _refuse_other_senses(raw: Mapping[str, Any], hint: str | None) -> None:
+    name = named_architecture(raw)
     if name.endswith("ForConditionalGeneration") or any(raw.get(key) for key in _OTHER_SENSES):
         raise SetupError(
             f"the architecture {name} is not supported: it takes more than the text before it (images, sound, or a "
