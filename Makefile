@@ -38,10 +38,11 @@ test: check  ## everything: check, then the tests with real servers, real weight
 	$(BIN)/python -m pytest -q -n 2 -m "servers and not e2e and not model"
 	$(BIN)/python -m pytest -q -m "e2e or model"
 
-bench: install-dev  ## the benchmarks: tables, and JSON under build/
+bench: install-dev  ## the benchmarks (half an hour): tables, and JSON under build/
 	@mkdir -p build
 	$(BIN)/springtide bench api --json build/bench-api.json
 	$(BIN)/springtide bench engine --json build/bench-engine.json
+	$(BIN)/springtide bench fleet --json build/bench-fleet.json
 
 clean:  ## remove what make made (not the data dir)
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

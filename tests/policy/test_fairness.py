@@ -346,6 +346,13 @@ def test_a_burst_of_turns_is_shared_before_a_single_token_is_served() -> None:
     assert tenants(turns)["a"] == pytest.approx(17 * 3 / 4, abs=1)
 
 
+def test_who_comes_second_to_a_new_replica_is_not_left_behind_by_a_wrong_guess_of_what_requests_cost() -> None:
+    house = House(TurnKeeper(8))
+    house.fill(A)
+    house.tell("gw", ad("a", 900), ad("b", 900))
+    assert tenants(house.succession(30, {"a": 20.0, "b": 20.0}))["b"] >= 12
+
+
 def test_a_long_answer_is_charged_while_it_runs() -> None:
     house = full_house()
     house.tell("gw", ad("a", 900), ad("b", 900))

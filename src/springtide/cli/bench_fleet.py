@@ -172,7 +172,7 @@ def _print_fairness(console: Console, outcome: FairnessOutcome) -> None:
         f"tokens served at weights 4:1, {outcome.plan.seconds:g} s each, every tenant at gateways of its own",
         ["gateways", "replicas", "heavy", "light", "ratio", "of capacity", "failed"],
         [
-            [s.gateways, s.replicas, s.heavy, s.light, f"{s.ratio:.3f}", f"{s.used:.1%}", len(s.failed)]
+            [s.gateways, s.replicas, s.heavy, s.light, f"{s.ratio:.3f}", f"{outcome.used(s):.1%}", len(s.failed)]
             for s in outcome.shares
         ],
     )

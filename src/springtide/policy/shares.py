@@ -19,7 +19,9 @@ from springtide.core.request import PriorityClass
 CLASS_WEIGHTS: dict[PriorityClass, float] = {"interactive": 16.0, "standard": 4.0, "batch": 1.0}
 """How the classes share the tokens when all of them wait. Strict preference would starve the last one."""
 
-_FIRST_GUESS_TOKENS = 256.0  # what a request costs, before the first has left
+_FIRST_GUESS_TOKENS = 16.0
+"""What a request costs, before the first has left. Rather too little: who comes second starts where the first stands
+with all that it was charged in advance, and would be left behind alone if most of that were given back."""
 _MEAN_OVER = 32  # requests that a running mean remembers
 _MOST_DEBT = 4.0  # in fillings of the replica: what as many requests cost as it has seats
 _LEAST_WEIGHT = 1e-3  # a weight of zero would mean never

@@ -27,6 +27,7 @@ TOLERANCE = 0.05
 AGGRESSION = 100
 _DEPTH = 3  # streams of each tenant for each slot of the fleet: always more than can run
 _TOKENS = (16, 48)
+_ENDLESS = 8000  # tokens
 
 
 class FairnessPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,20 +48,16 @@ class FairnessPlan(msgspec.Struct, frozen=True, kw_only=True):
         options = {"step_base_ms": self.step_ms, "max_num_seqs": self.slots}
         return FleetPlan(gateways=gateways, agents=min(2, replicas), replicas=replicas, options=options)
 
-    def capacity(self, replicas: int) -> float:
-        """Tokens a second by the mock's law."""
-        return replicas * self.slots * 1000 / self.step_ms
-
 
 class Crowd:
     """Streams of one tenant, one question after another on each. `failed` says what went wrong with some."""
 
-    def __init__(self, key: str, ports: list[int], streams: int, seed: int) -> None:
+    def __init__(self, key: str, ports: list[int], streams: int, seed: int, tokens: tuple[int, int] = _TOKENS) -> None:
         self.failed: list[str] = []
         self._client = Client(key)
         self._ports = ports
         self._streams = streams
-        self._questions = Questions(seed, _TOKENS)
+        self._questions = Questions(seed, tokens)
         self._heard: list[Heard] = []
 
     async def ask(self) -> None:
@@ -103,7 +100,6 @@ class Share(NamedTuple):
     heavy: int
     light: int
     seconds: float
-    capacity: float  # tokens a second
     failed: list[str]
 
     @property
@@ -111,9 +107,9 @@ class Share(NamedTuple):
         return self.heavy / max(1, self.light)
 
     @property
-    def used(self) -> float:
-        """Of what the mock could do by its law."""
-        return (self.heavy + self.light) / self.seconds / self.capacity
+    def rate(self) -> float:
+        """Tokens a second."""
+        return (self.heavy + self.light) / self.seconds
 
 
 class Calm(NamedTuple):
@@ -136,6 +132,11 @@ class FairnessOutcome(NamedTuple):
     plan: FairnessPlan
     shares: list[Share]
     calm: Calm | None
+    capacity: dict[int, float]  # tokens a second that so many replicas can do, as measured
+
+    def used(self, share: Share) -> float:
+        """Of what the engines can do."""
+        return share.rate / self.capacity[share.replicas]
 
 
 async def run_fairness(directory: Path, plan: FairnessPlan, report: Report) -> FairnessOutcome:
@@ -145,7 +146,9 @@ async def run_fairness(directory: Path, plan: FairnessPlan, report: Report) -> F
         bench = _Bench(fleet, plan, report)
         shares = [await bench.share(*shape) for shape in sorted(plan.shapes, key=lambda shape: shape[1])]
         calm = await bench.calm() if plan.aggression else None
-        return FairnessOutcome(plan, shares, calm)
+        # Last: its endless requests would give a wrong idea of what requests cost.
+        capacity = {replicas: await bench.capacity(replicas) for replicas in sorted({r for _, r in plan.shapes})}
+        return FairnessOutcome(plan, shares, calm, capacity)
 
 
 class _Bench:
@@ -171,7 +174,6 @@ class _Bench:
             heavy=heavy.tokens(*window),
             light=light.tokens(*window),
             seconds=window[1] - window[0],
-            capacity=self._plan.capacity(replicas),
             failed=heavy.failed + light.failed,
         )
 
@@ -193,12 +195,24 @@ class _Bench:
         rate = alone.tokens(*window) / (window[1] - window[0])
         return Calm(waits[0], waits[1], alone=rate, both=rates[1], failed=failed + alone.failed)
 
+    async def capacity(self, replicas: int) -> float:
+        """Tokens a second with a stream on each slot and none that ends or waits. Nothing that hands slots from one to
+        the next can do better, fair or not."""
+        await self._scale(replicas)
+        key = await self._key("capacity", 1.0)
+        endless = Crowd(key, self._ports, self._plan.slots * replicas, self._plan.seed, (_ENDLESS, _ENDLESS))
+        since, until = await self._window(f"capacity of {replicas} replicas", endless)
+        return endless.tokens(since, until) / (until - since)
+
     async def _crowd(self, tenant: str, weight: float, ports: list[int], streams: int) -> Crowd:
+        return Crowd(await self._key(tenant, weight), ports, streams, self._plan.seed)
+
+    async def _key(self, tenant: str, weight: float) -> str:
         if (tenant, weight) not in self._keys:
             body = {"tenant": tenant, "name": tenant, "weight": weight}
             self._keys[tenant, weight] = (await self._fleet.admin("POST", "/keys", body))["key"]
             await asyncio.sleep(1.0)  # until every gateway has heard of it
-        return Crowd(self._keys[tenant, weight], ports, streams, self._plan.seed)
+        return self._keys[tenant, weight]
 
     async def _window(self, what: str, *crowds: Crowd) -> tuple[float, float]:
         """Let the crowds ask; the window's beginning and end, unix seconds. Afterwards nothing runs any more."""
@@ -247,7 +261,7 @@ def figures(outcome: FairnessOutcome) -> list[Figure]:
         entries.append(
             Figure(name=name, value=round(share.ratio, 3), unit="", goal=goal, holds=low <= share.ratio <= high)
         )
-        entries.append(figure(f"of the mock's capacity, {where}", 100 * share.used, "%", 98.0))
+        entries.append(figure(f"of what the engines can do, {where}", 100 * outcome.used(share), "%", 98.0))
     if (calm := outcome.calm) is not None:
         if calm.beside_equal and calm.beside_aggressive:
             entries.append(figure("p99 TTFT beside 100x the load", calm.ratio, "x", 1.5, better="lower"))
@@ -266,7 +280,8 @@ def row(outcome: FairnessOutcome) -> dict[str, Any]:
             "heavy_tokens": share.heavy,
             "light_tokens": share.light,
             "ratio": round(share.ratio, 3),
-            "of_capacity": round(share.used, 4),
+            "capacity_tokens_s": round(outcome.capacity[share.replicas], 1),
+            "of_capacity": round(outcome.used(share), 4),
             "failed": share.failed[:5],
         }
         for share in outcome.shares
