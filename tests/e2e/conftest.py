@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from springtide.cli.lab.fleet import processes_that_name
+
 SPRINGTIDE = [sys.executable, "-m", "springtide.cli.main"]
 MODELS = os.environ.get("SPRINGTIDE_TEST_MODELS", str(Path.home() / ".cache" / "springtide-test" / "models"))
 
@@ -37,18 +39,7 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = 60.0) 
 
 def processes_of(directory: Path) -> dict[int, str]:
     """Living processes whose command line names `directory`: pid -> command line."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if str(directory) in line and state != "Z":
-            found[int(entry.name)] = line
-    return found
+    return dict(processes_that_name(str(directory)))
 
 
 class Platform:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 
 import pytest
 
+from springtide.cli.lab.cable import Cable
 from springtide.core.errors import SetupError
 from springtide.fabric.connection import Fabric
 from springtide.fabric.credentials import urls_of
-from tests.fabric.cable import Cable
 from tests.fabric.conftest import World, until
 
 
@@ -111,15 +112,16 @@ async def test_an_impatient_flush_does_not_deafen_the_connection(world: World) -
 @pytest.mark.parametrize("scheme", ["nats", "tls"])
 async def test_a_server_that_is_gone_without_a_word_is_left(world: World, scheme: str) -> None:
     """Neither what was written to it nor TLS's farewell holds the new connection up."""
-    cable = await Cable(world.server.port).start()
+    cable = Cable(world.server.port, random.Random(0))
+    await cable.start()
     credentials = world.authority.platform_credentials("x", [f"{scheme}://127.0.0.1:{cable.port}"])
     fabric = await Fabric.connect(credentials, name="x")
-    cable.freeze()
+    cable.freeze(new_ones_too=False)
     for _ in range(200):
         await fabric.publish("st.test", b"x" * 100_000)  # more than the sockets take
     await until(lambda: fabric.counters["reconnects"])
     assert await fabric.flush()
-    cable.freeze()
+    cable.freeze(new_ones_too=False)
     for _ in range(200):
         await fabric.publish("st.test", b"x" * 100_000)
     await fabric.close()

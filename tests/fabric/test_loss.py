@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,11 +13,11 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 import pytest
 
+from springtide.cli.lab.cable import Cable
 from springtide.core.request import Request
 from springtide.fabric.connection import Fabric
 from springtide.fabric.credentials import Credentials
 from springtide.fabric.streams import ClientStream, StreamHub, StreamKey, StreamLost
-from tests.fabric.cable import Cable
 from tests.fabric.conftest import World, make_request, until
 from tests.fabric.stage import DONE, Replica, Stage, read, token, tokens
 
@@ -27,7 +28,8 @@ def through(credentials: Credentials, cable: Cable) -> Credentials:
 
 @pytest.fixture
 async def cable(world: World) -> AsyncIterator[Cable]:
-    cable = await Cable(world.server.port).start()
+    cable = Cable(world.server.port, random.Random(0))
+    await cable.start()
     yield cable
     await cable.stop()
 
@@ -162,7 +164,7 @@ async def test_a_replica_behind_a_dead_cable_is_lost_and_fenced_when_it_is_back(
 ) -> None:
     stream = await stage.hub.open(make_request(), 1, "A", "r")
     await stream.frames()
-    cable.freeze()
+    cable.freeze(new_ones_too=False)
     assert await _lost(stream) == "replica r is silent"
     await until(lambda: far_replica.server._fabric.counters["reconnects"])  # it found out by itself
     await until(lambda: far_replica.cancelled == [stream.key])
@@ -177,7 +179,7 @@ async def test_a_gateway_behind_a_dead_cable_blames_no_replica(world: World, sta
     await hub.start()
     stream = await hub.open(make_request(), 1, "A", "r")
     await stream.frames()
-    cable.freeze()
+    cable.freeze(new_ones_too=False)
     await replica.tell(stream.key, range(20), DONE)
     frames = await stream.frames()
     while frames[-1].end is None:

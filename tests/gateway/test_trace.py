@@ -1,4 +1,4 @@
-"""What happened to a request, and how long one more would wait: both are remembered, and both are bounded."""
+"""What happened to a request is remembered, and bounded; who would wait in vain hears it at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from springtide.core.errors import Overloaded
 from springtide.core.request import End, Request, TokenCounts
 from springtide.fabric.streams import StreamKey
-from springtide.gateway.movement import Flow, Movement
 from springtide.gateway.trace import KEEP_S, MAX_EVENTS, TraceBook
 from tests.gateway.conftest import Cloud, Edge, running_edge, until
 from tests.gateway.hearing import Heard, ask
@@ -74,39 +73,6 @@ def test_what_is_forgotten_leaves_nothing_behind() -> None:
 
 
 # How long one more would wait.
-
-ACME = Flow("acme", "m")
-
-
-def moving(movement: Movement, *, every: float, count: int = 20) -> float:
-    for i in range(count):
-        movement.started(ACME, i * every)
-    return count * every
-
-
-def test_nobody_before_it_is_no_wait_at_all() -> None:
-    movement = Movement()
-    assert movement.wait(ACME, 0.0) == 0.0
-    movement.joined(ACME)
-    movement.left(ACME)
-    assert movement.wait(ACME, 0.0) == 0.0
-
-
-def test_where_nothing_moved_nothing_is_known() -> None:
-    movement = Movement()
-    movement.joined(ACME)
-    movement.started(ACME, 0.0)
-    assert movement.wait(ACME, 1.0) is None
-
-
-def test_the_wait_is_the_queue_over_its_speed() -> None:
-    movement = Movement()
-    for _ in range(30):
-        movement.joined(ACME)
-    now = moving(movement, every=0.5)
-    assert movement.wait(ACME, now) == pytest.approx(15.0)
-    assert movement.wait(Flow("other", "m"), now) == 0.0
-    assert movement.wait(ACME, now + 100) is None, "that is long ago"
 
 
 async def test_who_would_wait_beyond_his_deadline_hears_it_at_once(cloud: Cloud) -> None:

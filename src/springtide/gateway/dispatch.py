@@ -21,11 +21,11 @@ from springtide.core.request import Attempt, End, Outcome, Request, TokenCounts
 from springtide.fabric.presence import PresenceView
 from springtide.fabric.streams import Found, Frame, StreamHub, StreamLost
 from springtide.gateway.attempt import Heard, OpenAttempt, Timeouts, first_to_be_heard
-from springtide.gateway.movement import Flow, Movement
 from springtide.gateway.trace import Trace
 from springtide.gateway.transcript import Garbled, Transcript, as_frame
 from springtide.gateway.waiting import Place, ReplicaKey, WaitingRoom
 from springtide.policy.fairness import cost
+from springtide.policy.movement import Movement, Queue
 from springtide.policy.retries import RetryBudget, hedge
 from springtide.policy.routing import NO_ROOM
 
@@ -84,7 +84,7 @@ class Dispatcher:
 
     def expected_wait(self, request: Request) -> float | None:
         """Seconds that one more request like it would wait for a replica; None if nobody can say."""
-        return self.movement.wait(Flow(request.tenant, request.model), time.monotonic())
+        return self.movement.wait(Queue(request.tenant, request.model), time.monotonic())
 
     def follow(self, attempt: OpenAttempt) -> None:
         """Tell this attempt when its replica goes away."""
@@ -365,19 +365,19 @@ class Dispatch:
             BacklogTooLong: as those before it move, it would wait until after its deadline.
         """
         room, movement = self._dispatcher.room, self._dispatcher.movement
-        flow = Flow(self.request.tenant, self.request.model)
+        queue = Queue(self.request.tenant, self.request.model)
         begun = self._number > 0
         if not begun:
             self._check_wait(self._dispatcher.expected_wait(self.request))
-        movement.joined(flow)
+        movement.joined(queue)
         self.waiting = True
         try:
             place = await room.place(self.request, first_in_line=begun, numerics=self.numerics or None)
         finally:
             self.waiting = False
-            movement.left(flow)
+            movement.left(queue)
         if place.waited:
-            movement.started(flow, time.monotonic())
+            movement.started(queue, time.monotonic())
         return place
 
     def _check_wait(self, wait: float | None) -> None:
