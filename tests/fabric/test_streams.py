@@ -218,6 +218,7 @@ async def test_an_opening_without_answer_is_sent_again_and_given_up_at_last(
 ) -> None:
     monkeypatch.setattr(stream_hub, "OPEN_AGAIN_S", 0.1)
     monkeypatch.setattr(stream_hub, "OPEN_PATIENCE_S", 0.6)
+    monkeypatch.setattr(patience, "SILENCE_S", 5.0)
     stream = await stage.hub.open(make_request("nobody"), 1, "A", "r")
     with pytest.raises(StreamLost, match="not accepted"):
         await stream.frames()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from itertools import count
 
 from springtide.core.cluster import Replica
 from springtide.core.engine_api import EngineLoad
@@ -12,7 +13,7 @@ from springtide.core.request import Delta, End, Request, TokenCounts, TokenLogpr
 from springtide.core.wire import escape_json
 from springtide.fabric.connection import Fabric
 from springtide.fabric.presence import Heart
-from springtide.fabric.streams import StreamKey, StreamServer
+from springtide.fabric.streams import Backlog, StreamKey, StreamServer, Turn
 
 Behaviour = Callable[["TinyReplica", StreamKey, Request], Awaitable[None]]
 
@@ -31,7 +32,10 @@ class TinyReplica:
         self._describe = {"max_num_seqs": 8, "context_length": 512, "numerics": "tiny/fp32", **description}
         self._identity = {"id": id, "node": node, "model": model, "engine": "tiny"}
         self._tasks: dict[StreamKey, asyncio.Task[None]] = {}
-        self.server = StreamServer(fabric, node, id, on_open=self._on_open, on_cancel=self._on_cancel)
+        self._serials = count(1)
+        self.server = StreamServer(
+            fabric, node, id, on_open=self._on_open, on_cancel=self._on_cancel, on_backlog=self._on_backlog
+        )
         self.heart = Heart(fabric, self.describe, every=0.25)
 
     def describe(self) -> Replica:
@@ -52,6 +56,13 @@ class TinyReplica:
     def _on_open(self, key: StreamKey, request: Request, gateway: str, turn: int | None) -> None:
         self.opened.append((key, request))
         self._tasks[key] = asyncio.create_task(self.behaviour(self, key, request))
+
+    def _on_backlog(self, gateway: str, backlogs: list[Backlog]) -> None:
+        """Call one of each flow that waits, while there is room."""
+        seats = self.describe().max_num_seqs - self.load.running - self.load.waiting
+        if self.state == "ready" and backlogs and seats > 0:
+            turns = [Turn(next(self._serials), b.tenant, b.priority_class) for b in backlogs if b.waiting]
+            self.server.grant(gateway, turns)
 
     def _on_cancel(self, key: StreamKey) -> None:
         self.cancelled.append(key)

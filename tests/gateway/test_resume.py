@@ -357,7 +357,7 @@ async def _deaf(replica: TinyReplica, key: StreamKey, request: Request) -> None:
 async def test_one_that_is_silent_too_long_is_left_for_another(
     cloud: Cloud, caplog: pytest.LogCaptureFixture, setting: str, behaviour: Behaviour, words: str
 ) -> None:
-    async with running_edge(cloud, **{setting: 0.5}) as edge:
+    async with running_edge(cloud, **{setting: 0.2}) as edge:  # before it is asked whether it lives
         edge.replica.behaviour = behaviour
         asking = asyncio.create_task(ask(edge, max_tokens=6))
         await until(lambda: edge.replica.opened, "the first has it")

@@ -190,11 +190,16 @@ async def test_a_refusal_for_want_of_room_is_no_failure(little: Little) -> None:
 
 async def test_a_replica_that_fails_again_and_again_is_left_alone_and_probed_later(little: Little) -> None:
     replica = little.has("a")
-    for _ in range(5):
-        request = ask()
-        await little.room.place(request, first_in_line=False)
+    request = ask()
+    await little.room.place(request, first_in_line=False)
+    for serial in range(-4, 1):
         little.room.failed(replica, request)
         little.room.leave(replica, request)
+        if serial < 0:
+            request = ask()
+            again = await little.waits(request)
+            little.calls("a", serial)
+            await again
     request = ask()
     waiting, other = await little.waits(request), await little.waits(ask())
     little.calls("a", 1)

@@ -58,6 +58,16 @@ def test_a_replica_that_just_failed_is_the_last_choice_and_is_forgiven_later() -
     assert chosen(RequestFacts(), failed, busy, now=99.0 + FAILURE_MEMORY_S) == "failed"
 
 
+def test_one_that_grants_turns_and_just_failed_is_waited_for_not_tried() -> None:
+    failed, busy = candidate("failed", failed_at=99.0, calls=True), candidate("busy", running=7)
+    assert chosen(RequestFacts(), failed, busy) == "busy"
+    answer = route(RequestFacts(), [failed, candidate("full", running=8)], 100.0)
+    assert isinstance(answer, NoRoute) and "1 just failed" in answer.reason
+    answer = route(RequestFacts(), [failed], 100.0)
+    assert isinstance(answer, NoRoute) and "the first of them to call" in answer.reason
+    assert chosen(RequestFacts(), failed, now=99.0 + FAILURE_MEMORY_S) == "failed"
+
+
 def test_a_request_of_many_sequences_needs_room_for_all_or_an_idle_replica() -> None:
     facts = RequestFacts(sequences=10)
     assert isinstance(route(facts, [candidate("a", running=7)], 0.0), NoRoute)

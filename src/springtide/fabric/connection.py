@@ -1,8 +1,8 @@
 """One connection of one process to the fabric, for as long as the process lives.
 
 Where the credentials name several servers, any of them will do, and the others are tried first when one is gone. A
-server that answers nothing (stopped, or behind a cut cable) counts as gone after two seconds. The connection comes
-back for ever, also where nats-py gives up (a token that ended, a refusal): then a new client takes its
+server that answers nothing (stopped, or behind a cut cable) counts as gone after one and a half seconds. The
+connection comes back for ever, also where nats-py gives up (a token that ended, a refusal): then a new client takes its
 place and every subscription moves over. Delivery is at most once, as in core NATS; the protocols above repair
 what is lost, and are told when the connection is back. Permission errors are logged once each and counted.
 """
@@ -39,7 +39,7 @@ Handler = Callable[[Msg], Awaitable[None]]
 
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 1.0
 _PING_INTERVAL_S = 0.5
-_PINGS = 3  # without an answer, and the server is gone
+_PINGS = 2  # without an answer, and the server is gone
 _HANG_UP_S = 0.2
 _GOODBYE_S = 2.0  # for what is still to be sent
 _OUT_BUFFER = 32 * 2**20  # bytes that wait in this process for the socket, or for a reconnect

@@ -1,14 +1,24 @@
 """Whether somebody who says nothing still lives, as a small state machine. Knows no clock and no message: whoever asks
-it tells the time and does the asking."""
+it tells the time and does the asking.
+
+How long to wait for an answer is learnt from how quickly this one has been heard of late, as failure detectors do that
+adapt to what is usual (Chen, Toueg and Aguilera 2002; Hayashibara et al. 2004): who speaks every 60 ms is given up in
+less than a second, who is slow, or was given up too early before, gets more time.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-SILENCE_S = 0.75
-ANSWER_S = 0.5
+SILENCE_S = 0.25
+LEAST_ANSWER_S = 0.2
+MOST_ANSWER_S = 0.75
 QUESTIONS = 2
 SUSPECT_ANSWER_S = 0.3  # for one whose connection is known to be gone: it is back soon, or never
+
+_MARGIN = 3.0  # times the slowest sign of life of late
+_AT_FIRST_S = 0.15  # what we take that to be before we know
+_HALF_LIFE_S = 5.0  # of what we remember of it
 
 
 class Patience:
@@ -16,18 +26,25 @@ class Patience:
     answer runs from when the question is known to have left us: as long as our own connection is stuck, nobody else
     is to blame."""
 
-    __slots__ = ("_answer_by", "_answer_s", "_excused_until", "_heard_at", "_questions")
+    __slots__ = ("_answer_by", "_answer_s", "_excused_until", "_heard_at", "_left_at", "_questions", "_slowest")
 
     def __init__(self, now: float) -> None:
         self._excused_until = now
-        self.heard(now)
+        self._slowest = _AT_FIRST_S
+        self.begin(now)
 
-    def heard(self, now: float) -> None:
-        """It lives."""
+    def begin(self, now: float) -> None:
+        """From now on it has reason to speak. That it was silent until now says nothing."""
         self._heard_at = now
         self._questions = 0
         self._answer_by: float | None = None
-        self._answer_s = ANSWER_S
+        self._left_at: float | None = None
+        self._answer_s: float | None = None  # None: as learnt
+
+    def heard(self, now: float) -> None:
+        """It lives."""
+        self._learn(now)
+        self.begin(now)
 
     def excuse(self, until: float) -> None:
         """It has good reasons for a silence until then."""
@@ -43,10 +60,16 @@ class Patience:
     def asking(self) -> bool:
         return self._questions > 0
 
+    @property
+    def answer_s(self) -> float:
+        """Seconds that it has for an answer."""
+        if self._answer_s is not None:
+            return self._answer_s
+        return min(MOST_ANSWER_S, max(LEAST_ANSWER_S, _MARGIN * self._slowest))
+
     def verdict(self, now: float) -> Literal["wait", "ask", "lost"]:
         if not self._questions:
-            silent_since = max(self._heard_at, self._excused_until)
-            return "ask" if now - silent_since > SILENCE_S else "wait"
+            return "ask" if now - max(self._heard_at, self._excused_until) > SILENCE_S else "wait"
         if self._answer_by is None or now < self._answer_by:
             return "wait"
         return "ask" if self._questions < QUESTIONS else "lost"
@@ -58,9 +81,21 @@ class Patience:
     def left(self, now: float) -> None:
         """The question has left us."""
         if self._questions and self._answer_by is None:
-            self._answer_by = now + self._answer_s
+            self._answer_by = now + self.answer_s
+            self._left_at = now if self._left_at is None else self._left_at
 
     def stuck(self) -> None:
         """It has not: that question does not count."""
         if self._questions and self._answer_by is None:
             self._questions -= 1
+
+    def _learn(self, now: float) -> None:
+        """A silence in which nothing was asked, or the time for an answer, is what is usual for it. A pause that no
+        patience would have outlasted says nothing."""
+        since = self._heard_at if self._left_at is None else self._left_at
+        if since < self._excused_until or (took := now - since) > 2 * QUESTIONS * MOST_ANSWER_S:
+            return
+        if took >= self._slowest:
+            self._slowest = took
+        else:
+            self._slowest += (took - self._slowest) * min(1.0, took / _HALF_LIFE_S)

@@ -42,6 +42,7 @@ OPEN_AGAIN_S = 1.0
 OPEN_PATIENCE_S = 5.0
 SLOW_LINK = 2**20  # bytes a second: a long prompt may take that long to arrive
 _LEAST_GAP_S = 0.01  # between two turns of the loop, however urgent
+_ASKING_TICK_S = 0.025  # while somebody's life is in doubt
 _ASK_AGAIN_S = 0.5  # for what is missing
 _TAKE_AGAIN_S = 0.3
 _FIND_AGAIN_S = 0.2
@@ -199,7 +200,7 @@ class StreamHub:
 
     def _add(self, stream: ClientStream, peer: Peer, now: float) -> None:
         if not peer.streams:
-            peer.patience.heard(now)  # until now it had no reason to speak
+            peer.patience.begin(now)
         peer.patience.excuse(now + _travel_s(stream))
         self._streams[stream.key] = peer.streams[stream.key] = stream
 
@@ -371,7 +372,8 @@ class StreamHub:
 
     async def _run(self) -> None:
         while True:
-            await sleep_until(self._urgent, TICK_S)
+            asking = any(peer.patience.asking for peer in self._peers.values())
+            await sleep_until(self._urgent, _ASKING_TICK_S if asking else TICK_S)
             try:
                 await self._tick()
             except Exception:

@@ -67,7 +67,7 @@ class Peer:
 
     def begin_anew(self, now: float, until: float) -> None:
         """Our connection was gone, and with it perhaps what we said last. So may be the replica's: it has time."""
-        self.patience.heard(now)
+        self.patience.begin(now)
         self.patience.excuse(until)
         self.cancels = {key: (max(tries, 1), 0.0) for key, (tries, _) in self.cancels.items()}
         self._backlog_is_new = bool(self._backlogs or self._repeats)

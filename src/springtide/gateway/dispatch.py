@@ -149,6 +149,7 @@ class Dispatch:
         self._may_be_found = bool(request.fingerprint)
         self._numerics: set[str] = set()  # of the replicas that spoke
         self._final: TokenCounts | None = None
+        self._failed: set[ReplicaKey] = set()  # replicas that it was lost at, or that refused it
         self._lost = 0  # replicas in a row
         self._setbacks = 0  # failures in a row, refusals among them
         self._hedge_at = 0.0  # silent for so long, ask another as well
@@ -372,7 +373,9 @@ class Dispatch:
         movement.joined(queue)
         self.waiting = True
         try:
-            place = await room.place(self.request, first_in_line=begun, numerics=self.numerics or None)
+            place = await room.place(
+                self.request, first_in_line=begun, numerics=self.numerics or None, avoid=self._failed
+            )
         finally:
             self.waiting = False
             movement.left(queue)
@@ -451,6 +454,7 @@ class Dispatch:
         self._dispatcher.attempts_lost += 1
         self._setbacks += 1
         self._lost += attempt.accepted
+        self._failed.add(_key(attempt.replica))
         self._blame(attempt, by_word=counts is not None)
         self._close(attempt, "failed", counts or attempt.counts_so_far)
         if self._open or self._transcript.complete:

@@ -368,6 +368,7 @@ class WaitingRoom:
                     failed_at=self._failed_at.get(key),
                     shut=not self._breakers[key].admits(now),
                     full=now - self._full_at.get(key, -_FULL_S) < _FULL_S,
+                    calls=replica.frame_version >= TURNS_SINCE,
                 )
             )
         return route(facts, candidates, now)

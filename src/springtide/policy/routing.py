@@ -14,7 +14,7 @@ import msgspec
 from springtide.core.cluster import Replica
 
 NO_ROOM = "no_room"  # the code of a replica's refusal that is no failure: others are before it
-FAILURE_MEMORY_S = 5.0  # how long a replica that just failed a request is the last choice
+FAILURE_MEMORY_S = 5.0  # how long a replica that just failed a request is the last choice, or has to call
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -23,6 +23,8 @@ class Candidate(msgspec.Struct, frozen=True):
     `in_flight` counts the sequences that this gateway has there: a load report is some 50 ms old, a burst is
     not. `failed_at` is when it last lost or refused one of this gateway's requests, in the units of `now`. `shut`: it
     fails so often that it gets nothing now. `full`: it has just said that it has no room, whatever its report says.
+    `calls`: it grants turns to those who wait; so after a failure it gets nothing unasked: its next call shows that it
+    lives, where the least loaded of all would be the frozen one.
     """
 
     replica: Replica
@@ -30,6 +32,10 @@ class Candidate(msgspec.Struct, frozen=True):
     failed_at: float | None = None
     shut: bool = False
     full: bool = False
+    calls: bool = False
+
+    def has_just_failed(self, now: float) -> bool:
+        return self.failed_at is not None and now - self.failed_at < FAILURE_MEMORY_S
 
     @property
     def sequences(self) -> int:
@@ -83,9 +89,12 @@ def route(facts: RequestFacts, candidates: Sequence[Candidate], now: float) -> R
     willing = [c for c in ready if not c.shut]
     if not willing:
         return NoRoute(f"all {len(ready)} ready replicas have failed too often of late")
-    roomy = [c for c in willing if _has_room(c, facts.sequences)]
+    heard_of = [c for c in willing if not (c.calls and c.has_just_failed(now))]
+    if not heard_of:
+        return NoRoute(f"all {len(willing)} ready replicas have just failed: the first of them to call gets it")
+    roomy = [c for c in heard_of if _has_room(c, facts.sequences)]
     if not roomy:
-        return NoRoute(f"all {len(willing)} ready replicas are full")
+        return NoRoute(_why_none_has_room(len(heard_of), len(willing) - len(heard_of)))
     ranked = [(_rank(c, facts, now), c) for c in roomy]
     best = min(rank for rank, _ in ranked)
     tied = [c for rank, c in ranked if rank == best]
@@ -118,10 +127,9 @@ def _differs(replica: Replica, facts: RequestFacts) -> bool:
 def _rank(candidate: Candidate, facts: RequestFacts, now: float) -> tuple[bool, bool, bool, bool, float]:
     """Lower is better."""
     replica = candidate.replica
-    failed = candidate.failed_at is not None and now - candidate.failed_at < FAILURE_MEMORY_S
     elsewhere = replica.region != facts.region
     load = candidate.sequences / candidate.capacity
-    return failed, _is_avoided(replica, facts), _differs(replica, facts), elsewhere, load
+    return candidate.has_just_failed(now), _is_avoided(replica, facts), _differs(replica, facts), elsewhere, load
 
 
 def _reason(chosen: Candidate, facts: RequestFacts, tied: int, candidates: int) -> str:
@@ -132,6 +140,11 @@ def _reason(chosen: Candidate, facts: RequestFacts, tied: int, candidates: int) 
         f", numerics {chosen.replica.numerics} instead of {facts.numerics}" if _differs(chosen.replica, facts) else ""
     )
     return f"least loaded of {candidates}: {share}, {where}{other}{lot}"
+
+
+def _why_none_has_room(full: int, failed: int) -> str:
+    others = f", and {failed} just failed and did not call yet" if failed else ""
+    return f"all {full} ready replicas are full{others}"
 
 
 def _why_none_is_ready(candidates: Sequence[Candidate]) -> str:
