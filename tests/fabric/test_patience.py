@@ -37,7 +37,7 @@ def test_one_who_speaks_often_is_given_up_sooner_and_one_who_is_slow_later() -> 
     assert quick.answer_s == LEAST_ANSWER_S
     assert lost_after(quick, since=at, step=0.01) < 0.75
     speaking(slow, every=0.2, times=100)
-    assert 0.5 < slow.answer_s <= MOST_ANSWER_S
+    assert 0.39 < slow.answer_s <= MOST_ANSWER_S
 
 
 def test_a_slow_answer_earns_more_time_and_a_prompt_life_takes_it_back() -> None:

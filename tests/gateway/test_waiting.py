@@ -56,6 +56,7 @@ class Desk:
     def __init__(self) -> None:
         self.told: dict[str, list[Backlog]] = {}
         self.declined: list[int] = []
+        self.doubted: set[str] = set()
         self.call: Callable[[str, str, list[Turn]], None]
 
     def advertise(self, node: str, replica: str, backlogs: list[Backlog]) -> None:
@@ -63,6 +64,9 @@ class Desk:
 
     def decline(self, node: str, replica: str, serials: list[int]) -> None:
         self.declined += serials
+
+    def doubts(self, node: str, replica: str) -> bool:
+        return replica in self.doubted
 
     def on_turns(self, callback: Callable[[str, str, list[Turn]], None]) -> None:
         self.call = callback
@@ -186,6 +190,16 @@ async def test_a_refusal_for_want_of_room_is_no_failure(little: Little) -> None:
         little.calls("a", 1)
         little.room.leave((await again).replica, request)
     assert not little.desk.declined
+
+
+async def test_a_replica_of_which_nobody_knows_whether_it_lives_gets_nothing_until_it_calls(little: Little) -> None:
+    little.has("a")
+    little.desk.doubted.add("a")
+    request = ask()
+    waiting = await little.waits(request)
+    assert "silent" in little.room.why_waiting(ask())
+    little.calls("a", 1)
+    assert (await waiting).turn == 1
 
 
 async def test_a_replica_that_fails_again_and_again_is_left_alone_and_probed_later(little: Little) -> None:

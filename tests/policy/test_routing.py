@@ -64,7 +64,7 @@ def test_one_that_grants_turns_and_just_failed_is_waited_for_not_tried() -> None
     answer = route(RequestFacts(), [failed, candidate("full", running=8)], 100.0)
     assert isinstance(answer, NoRoute) and "1 just failed" in answer.reason
     answer = route(RequestFacts(), [failed], 100.0)
-    assert isinstance(answer, NoRoute) and "the first of them to call" in answer.reason
+    assert isinstance(answer, NoRoute) and "the first to call" in answer.reason
     assert chosen(RequestFacts(), failed, now=99.0 + FAILURE_MEMORY_S) == "failed"
 
 

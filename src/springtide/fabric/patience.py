@@ -12,13 +12,13 @@ from typing import Literal
 
 SILENCE_S = 0.25
 LEAST_ANSWER_S = 0.2
-MOST_ANSWER_S = 0.75
+MOST_ANSWER_S = 0.5
 QUESTIONS = 2
 SUSPECT_ANSWER_S = 0.3  # for one whose connection is known to be gone: it is back soon, or never
 
-_MARGIN = 3.0  # times the slowest sign of life of late
+_MARGIN = 2.0  # times the slowest sign of life of late
 _AT_FIRST_S = 0.15  # what we take that to be before we know
-_HALF_LIFE_S = 5.0  # of what we remember of it
+_FORGET_S = 3.0  # what it did so long ago counts for a third
 
 
 class Patience:
@@ -61,6 +61,11 @@ class Patience:
         return self._questions > 0
 
     @property
+    def doubtful(self) -> bool:
+        """Whether it has let a question pass."""
+        return self._questions == QUESTIONS
+
+    @property
     def answer_s(self) -> float:
         """Seconds that it has for an answer."""
         if self._answer_s is not None:
@@ -98,4 +103,4 @@ class Patience:
         if took >= self._slowest:
             self._slowest = took
         else:
-            self._slowest += (took - self._slowest) * min(1.0, took / _HALF_LIFE_S)
+            self._slowest += (took - self._slowest) * min(1.0, took / _FORGET_S)

@@ -177,6 +177,11 @@ class StreamHub:
             peer.patience.suspect()
             self._urgent.set()
 
+    def doubts(self, node: str, replica: str) -> bool:
+        """Whether this replica has just let a question pass: it may be about to be lost."""
+        peer = self._peers.get((node, replica))
+        return peer is not None and peer.patience.doubtful
+
     # Turns.
 
     def advertise(self, node: str, replica: str, backlogs: list[Backlog]) -> None:

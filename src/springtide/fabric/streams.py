@@ -20,8 +20,8 @@ Core NATS delivers at most once and forgets everything at a restart, so the two 
 Who is dead?
 
 - *A replica* that says nothing at all for 0.25 s is asked whether it lives, by one message for all its streams. When
-  two such questions find no answer, all its streams are lost. Each has three times as long as the replica's slowest
-  sign of life of late, at least 0.2 and at most 0.75 s (`patience`): one that speaks every 60 ms is lost 0.7 to 0.8 s
+  two such questions find no answer, all its streams are lost. Each has twice as long as the replica's slowest
+  sign of life of late, at least 0.2 and at most 0.5 s (`patience`): one that speaks every 60 ms is lost 0.7 to 0.8 s
   after it was stopped, or its cable died. When the server's disconnect event says that it is gone (`suspect`), it is
   asked at once and has 0.3 s for each answer: enough to come back over a new connection, and to replay.
 - *A gateway* that is silent for 6 s is dead. Its streams are cancelled, but for those whose request has a fingerprint:

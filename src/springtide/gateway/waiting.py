@@ -42,6 +42,7 @@ class TurnDesk(Protocol):
 
     def advertise(self, node: str, replica: str, backlogs: list[Backlog]) -> None: ...
     def decline(self, node: str, replica: str, serials: list[int]) -> None: ...
+    def doubts(self, node: str, replica: str) -> bool: ...
     def on_turns(self, callback: Callable[[str, str, list[Turn]], None]) -> None: ...
 
 
@@ -369,6 +370,7 @@ class WaitingRoom:
                     shut=not self._breakers[key].admits(now),
                     full=now - self._full_at.get(key, -_FULL_S) < _FULL_S,
                     calls=replica.frame_version >= TURNS_SINCE,
+                    doubted=self._hub.doubts(*key),
                 )
             )
         return route(facts, candidates, now)

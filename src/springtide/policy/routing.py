@@ -23,8 +23,8 @@ class Candidate(msgspec.Struct, frozen=True):
     `in_flight` counts the sequences that this gateway has there: a load report is some 50 ms old, a burst is
     not. `failed_at` is when it last lost or refused one of this gateway's requests, in the units of `now`. `shut`: it
     fails so often that it gets nothing now. `full`: it has just said that it has no room, whatever its report says.
-    `calls`: it grants turns to those who wait; so after a failure it gets nothing unasked: its next call shows that it
-    lives, where the least loaded of all would be the frozen one.
+    `calls`: it grants turns to those who wait; so after a failure, or while it is `doubted` that it lives, it gets
+    nothing unasked: its next call shows that it does, where the least loaded of all would be the frozen one.
     """
 
     replica: Replica
@@ -33,6 +33,7 @@ class Candidate(msgspec.Struct, frozen=True):
     shut: bool = False
     full: bool = False
     calls: bool = False
+    doubted: bool = False
 
     def has_just_failed(self, now: float) -> bool:
         return self.failed_at is not None and now - self.failed_at < FAILURE_MEMORY_S
@@ -89,9 +90,11 @@ def route(facts: RequestFacts, candidates: Sequence[Candidate], now: float) -> R
     willing = [c for c in ready if not c.shut]
     if not willing:
         return NoRoute(f"all {len(ready)} ready replicas have failed too often of late")
-    heard_of = [c for c in willing if not (c.calls and c.has_just_failed(now))]
+    heard_of = [c for c in willing if not (c.calls and (c.doubted or c.has_just_failed(now)))]
     if not heard_of:
-        return NoRoute(f"all {len(willing)} ready replicas have just failed: the first of them to call gets it")
+        return NoRoute(
+            f"all {len(willing)} ready replicas have just failed or are silent: the first of them to call gets it"
+        )
     roomy = [c for c in heard_of if _has_room(c, facts.sequences)]
     if not roomy:
         return NoRoute(_why_none_has_room(len(heard_of), len(willing) - len(heard_of)))
@@ -143,7 +146,7 @@ def _reason(chosen: Candidate, facts: RequestFacts, tied: int, candidates: int) 
 
 
 def _why_none_has_room(full: int, failed: int) -> str:
-    others = f", and {failed} just failed and did not call yet" if failed else ""
+    others = f", and {failed} just failed, or are silent, and did not call yet" if failed else ""
     return f"all {full} ready replicas are full{others}"
 
 
