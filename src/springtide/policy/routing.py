@@ -92,9 +92,7 @@ def route(facts: RequestFacts, candidates: Sequence[Candidate], now: float) -> R
         return NoRoute(f"all {len(ready)} ready replicas have failed too often of late")
     heard_of = [c for c in willing if not (c.calls and (c.doubted or c.has_just_failed(now)))]
     if not heard_of:
-        return NoRoute(
-            f"all {len(willing)} ready replicas have just failed or are silent: the first of them to call gets it"
-        )
+        return NoRoute(f"all {len(willing)} ready replicas have just failed or are silent: the first to call gets it")
     roomy = [c for c in heard_of if _has_room(c, facts.sequences)]
     if not roomy:
         return NoRoute(_why_none_has_room(len(heard_of), len(willing) - len(heard_of)))
