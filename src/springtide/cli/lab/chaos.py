@@ -28,6 +28,8 @@ _RECORDS_S = 60.0  # for the last records to arrive in the ledger
 _PATIENCE_S = 120.0  # of a client that comes again with its key
 _PAGE = 1000
 _ON_ITS_WAY_S = 0.5  # what may still be heard after a fault
+_UP_AGAIN_S = 3.0  # what was killed is there again after
+_LONGEST = 10
 Report = Callable[[str, int, int | None], None]
 
 
@@ -69,9 +71,11 @@ class Bills:
 
 
 class Gap(NamedTuple):
-    """The longest silence in a stream that lost an attempt, and the first fault in it (None: none was near)."""
+    """The longest silence in a stream that lost an attempt, when it began (unix seconds), and the first fault in it
+    (None: none was near)."""
 
     seconds: float
+    began: float
     fault: Fault | None
 
 
@@ -231,7 +235,7 @@ def _gaps(asked: list[Asked], records: list[Usage], faults: list[Fault]) -> list
         mine = attempts.get(heard.id or "", [])
         if question.stream and len(heard.times) > 1 and any(a.completion_tokens for a in mine[:-1]):
             began, seconds = heard.longest_silence()
-            gaps.append(Gap(seconds, _fault_of(began, seconds, faults)))
+            gaps.append(Gap(seconds, began, _fault_of(began, seconds, faults)))
     return gaps
 
 
@@ -293,6 +297,23 @@ def _gaps_by_fault(gaps: list[Gap]) -> dict[str, dict[str, float]]:
     return {kind: _spread(seconds) for kind, seconds in sorted(by_kind.items())}
 
 
+def _longest(gaps: list[Gap], faults: list[Fault]) -> list[dict[str, Any]]:
+    """What was going on during the longest silences, of each moment one: with it one sees whether anybody could have
+    gone on. Faults by when they began, seen from the silence's beginning, and how long they lasted."""
+    told: list[dict[str, Any]] = []
+    moments: list[float] = []
+    for gap in sorted(gaps, key=lambda gap: gap.seconds, reverse=True):
+        if all(abs(gap.began - moment) > 1.0 for moment in moments):
+            moments.append(gap.began)
+            during = [
+                f"{fault.at - gap.began:+.1f} s: {fault.kind} {fault.victim} ({fault.seconds:.1f} s)"
+                for fault in faults
+                if gap.began - fault.seconds - _UP_AGAIN_S < fault.at < gap.began + gap.seconds
+            ]
+            told.append({"seconds": round(gap.seconds, 2), "faults": during})
+    return told[:_LONGEST]
+
+
 def _spread(ordered: list[float]) -> dict[str, float]:
     values = {"p50": percentile(ordered, 0.5), "p99": percentile(ordered, 0.99), "max": ordered[-1]}
     return {"streams": len(ordered), **{name: round(value, 3) for name, value in values.items()}}
@@ -316,6 +337,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "attempts_lost": outcome.attempts_lost,
         "streams_resumed": len(seconds),
         "resume_gap_s": _spread(seconds) if seconds else None,
+        "longest_resume_gaps": _longest(outcome.gaps, outcome.faults),
         "resume_gaps_by_fault": _gaps_by_fault(outcome.gaps),
         "wrong_answers": [
             {"id": one.heard.id, "faults": one.verdict.faults, "lost": one.verdict.lost}
