@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from springtide.text.template_text import TemplateText, format_braces, format_percent, join_texts
@@ -68,6 +68,7 @@ def test_prefix_and_suffix(parts, affix):
 
 
 @given(PARTS, SEPARATORS, st.integers(-1, 3))
+@example([("a", False), ("a", True)], "a", 1)
 def test_split_and_joined_again_it_is_the_same(parts, separator, count):
     text = build(parts)
     plain = "".join(part for part, _ in parts)

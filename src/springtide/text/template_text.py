@@ -62,10 +62,10 @@ class TemplateText(str):
         return self._part(0, len(self) - len(suffix)) if self.endswith(suffix) else self
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._locate(super().split(sep, maxsplit))
+        return self._locate(super().split(sep, maxsplit), sep)
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        return self._locate(super().rsplit(sep, maxsplit))
+        return self._locate(super().rsplit(sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         return self._locate(super().splitlines(keepends))
@@ -88,13 +88,15 @@ class TemplateText(str):
             str.__getitem__(self, slice(start, max(start, end))), (span for span in clipped if span[0] < span[1])
         )
 
-    def _locate(self, parts: Sequence[str]) -> list[str]:
-        """Pieces of this text, which follow one another with only separators between, with their spans."""
+    def _locate(self, parts: Sequence[str], separator: str | None = None) -> list[str]:
+        """Pieces of this text, which follow one another with only separators between, with their spans. A piece may
+        look like the separator before it ("aa" split once at "a"), so it is not searched for, where that is known;
+        white space and line ends no piece begins with, but for the first one, which is where it is found."""
         located, at = [], 0
         for part in parts:
-            start = self.find(part, at)
-            at = start + len(part)
-            located.append(self._part(start, at))
+            start = self.find(part, at) if separator is None else at
+            located.append(self._part(start, start + len(part)))
+            at = start + len(part) + len(separator or "")
         return located
 
 
