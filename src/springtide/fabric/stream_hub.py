@@ -205,7 +205,7 @@ class StreamHub:
 
     def _add(self, stream: ClientStream, peer: Peer, now: float) -> None:
         if not peer.streams:
-            peer.patience.begin(now)
+            peer.patience.begin(now)  # until now it had no reason to speak
         peer.patience.excuse(now + _travel_s(stream))
         self._streams[stream.key] = peer.streams[stream.key] = stream
 
